@@ -1,0 +1,197 @@
+//! Walking a DTT: from its root to a leaf table.
+//!
+//! The tables are the guest's, so each walk takes them as they are at that moment: every directory entry is read once,
+//! atomically, masked and checked; what it names is looked up as memory again; and the way is as long as the levels say,
+//! whatever the tables point to.
+
+use core::sync::atomic::Ordering::Acquire;
+
+use crate::geometry::{DIRECTORY_ENTRIES, Gfn, Gpa, LEAF_ENTRIES, Levels, LevelsError, PAGE_SIZE};
+use crate::leaf::Leaf;
+use crate::memory::{MemoryError, TableMemory, Word32, Word64};
+
+/// An entry of a directory, as it was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DirectoryEntry(u64);
+
+impl DirectoryEntry {
+    const PRESENT: u64 = 1;
+    /// Bits 51:12.
+    const TABLE: u64 = ((1 << 52) - 1) & !(PAGE_SIZE - 1);
+
+    /// The entry that leads to a table.
+    pub(crate) const fn to(table: Gpa) -> Self {
+        Self(table.raw() & Self::TABLE | Self::PRESENT)
+    }
+
+    pub(crate) const fn raw(self) -> u64 {
+        self.0
+    }
+
+    /// Reads an entry once. Acquire pairs with the release by which a guest enters a table it has zeroed.
+    pub(crate) fn read<W: Word64>(word: &W) -> Self {
+        Self(word.load(Acquire))
+    }
+
+    /// The table it leads to; `None` if it is not present. Bits that mean nothing are ignored.
+    pub(crate) const fn table(self) -> Option<Gpa> {
+        if self.0 & Self::PRESENT == 0 {
+            None
+        } else {
+            Some(Gpa::new(self.0 & Self::TABLE))
+        }
+    }
+}
+
+/// The root and levels of a DTT that were found to be usable: what ACTIVATE checks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dtt {
+    root: Gpa,
+    levels: Levels,
+}
+
+/// Why there is no DTT at a root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DttError {
+    /// A number of levels that does not exist.
+    #[error(transparent)]
+    Levels(#[from] LevelsError),
+    /// No root was given, or it is no page that a table can be at.
+    #[error("{0} is not the address of a table: it must be a page in the low 2^52 bytes, and not 0")]
+    Root(Gpa),
+    /// The root is not in RAM.
+    #[error("the root table cannot be read: {0}")]
+    Absent(#[from] MemoryError),
+}
+
+/// Why a leaf table cannot be reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WalkError {
+    /// The gfn needs more levels than the table has.
+    #[error("gfn {gfn} is beyond the {} levels of the table", levels.get())]
+    Beyond {
+        /// The page.
+        gfn: Gfn,
+        /// The table's levels.
+        levels: Levels,
+    },
+    /// A directory has nothing for that gfn: nobody can have mapped the page.
+    #[error("the level {level} directory has no entry for gfn {gfn}")]
+    NotPresent {
+        /// The page.
+        gfn: Gfn,
+        /// The directory's level, 2 to 5.
+        level: u8,
+    },
+    /// A table is where there is no RAM, now or ever.
+    #[error("a table cannot be read: {0}")]
+    Unreadable(#[from] MemoryError),
+}
+
+impl Dtt {
+    /// Checks what a guest wrote into the registers.
+    ///
+    /// # Errors
+    ///
+    /// [`DttError`] says what is wrong with it.
+    pub fn new<M: TableMemory + ?Sized>(mem: &M, root: Gpa, levels: u64) -> Result<Self, DttError> {
+        let levels = Levels::new(levels)?;
+        if root.raw() == 0 || root.raw() & !DirectoryEntry::TABLE != 0 {
+            return Err(DttError::Root(root));
+        }
+        // A leaf table and a directory are one page both.
+        mem.words64(root, DIRECTORY_ENTRIES)?;
+        Ok(Self { root, levels })
+    }
+
+    /// Where the first table is.
+    #[must_use]
+    pub const fn root(self) -> Gpa {
+        self.root
+    }
+
+    /// How many levels of tables there are.
+    #[must_use]
+    pub const fn levels(self) -> Levels {
+        self.levels
+    }
+
+    /// The leaf table that holds the entry of `gfn`.
+    ///
+    /// Whoever calls this keeps the guest from freeing the table while it is in use: the host by the page's block lock
+    /// and, when unpinning, the park guard; the guest by its own table lock.
+    ///
+    /// # Errors
+    ///
+    /// [`WalkError`] says where the way ended.
+    pub fn leaf_table<'m, M: TableMemory + ?Sized>(
+        &self,
+        mem: &'m M,
+        gfn: Gfn,
+    ) -> Result<LeafTable<'m, M::U32>, WalkError> {
+        if !self.levels.cover(gfn) {
+            return Err(WalkError::Beyond {
+                gfn,
+                levels: self.levels,
+            });
+        }
+        let mut table = self.root;
+        for (level, index) in self.levels.path(gfn) {
+            let entry = DirectoryEntry::read(directory_word(mem, table, index)?);
+            table = entry.table().ok_or(WalkError::NotPresent { gfn, level })?;
+        }
+        LeafTable::at(mem, table)
+    }
+}
+
+/// The word of one entry of the directory at `table`.
+pub(crate) fn directory_word<M: TableMemory + ?Sized>(
+    mem: &M,
+    table: Gpa,
+    index: usize,
+) -> Result<&M::U64, MemoryError> {
+    let words = mem.words64(table, DIRECTORY_ENTRIES)?;
+    words.get(index).ok_or(MemoryError::Absent {
+        at: table,
+        bytes: size_of_val(words),
+    })
+}
+
+/// A leaf table, looked up once: the entries of 1024 pages in a row.
+#[derive(Debug)]
+pub struct LeafTable<'m, W> {
+    entries: &'m [W; LEAF_ENTRIES],
+}
+
+impl<W> Clone for LeafTable<'_, W> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<W> Copy for LeafTable<'_, W> {}
+
+impl<'m, W: Word32> LeafTable<'m, W> {
+    /// The leaf table in this page.
+    pub(crate) fn at<M: TableMemory<U32 = W> + ?Sized>(mem: &'m M, table: Gpa) -> Result<Self, WalkError> {
+        let words = mem.words32(table, LEAF_ENTRIES)?;
+        let entries = words.try_into().map_err(|_| MemoryError::Absent {
+            at: table,
+            bytes: LEAF_ENTRIES * size_of::<u32>(),
+        })?;
+        Ok(Self { entries })
+    }
+
+    /// The entry of `gfn`. That the table is the one of `gfn` is the caller's to see to: only the gfn's low bits count.
+    #[must_use]
+    pub fn leaf(self, gfn: Gfn) -> Leaf<'m, W> {
+        // The index is masked to the array's length.
+        Leaf::new(&self.entries[gfn.leaf_index()])
+    }
+
+    /// All entries, in the order of their gfns, for those that look at many.
+    #[must_use]
+    pub fn words(self) -> &'m [W; LEAF_ENTRIES] {
+        self.entries
+    }
+}

@@ -1,0 +1,35 @@
+//! No shell scripts: write a task. One file a task, run as `cargo xtask TASK`.
+
+mod ci;
+mod step;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::Parser;
+
+/// Builds and tests this workspace
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    after_help = "Examples:
+  cargo xtask ci                everything that must hold before a merge
+  cargo xtask ci fmt clippy     two steps of it
+  cargo xtask ci --list         the steps, in the order they run"
+)]
+enum Task {
+    Ci(ci::Args),
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    let task = Task::parse();
+    // Cargo sets it when it runs us; the compile-time value would be wrong in a target directory that two clones share.
+    let xtask = std::env::var("CARGO_MANIFEST_DIR").context("run me as `cargo xtask`")?;
+    let root = Path::new(&xtask).parent().context("xtask has no parent folder")?;
+    std::env::set_current_dir(root).with_context(|| format!("cannot enter {}", root.display()))?;
+    match task {
+        Task::Ci(args) => ci::run(&args),
+    }
+}
