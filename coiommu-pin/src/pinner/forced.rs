@@ -1,0 +1,227 @@
+//! Unpinning a range on demand, because its memory is about to be taken from the guest, and holding it until it is.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Acquire, Ordering::Release};
+use std::time::Duration;
+
+use coiommu_dtt::{Gfn, Gpa, PAGE_SIZE};
+
+use super::unpin::{Ask, NotNow};
+use super::{Clock, Pinner};
+use crate::page_set::PageSet;
+use crate::pin_map::{BlockNo, Chunk};
+use crate::region::intersection;
+use crate::space::TableSpace;
+use crate::sync::Mutex;
+
+/// How many blocks one step of a forced unpin works on.
+const STEP_BLOCKS: usize = 64;
+
+/// A range that is being unpinned on demand. No page of it is pinned anew from [`Pinner::unpin`] on, and for as long as
+/// this or the [`Hold`] it ends in lives.
+#[derive(Debug)]
+pub struct ForcedUnpin {
+    hold: Hold,
+    next: BlockNo,
+    started: Duration,
+    report: UnpinReport,
+}
+
+/// What became of the pages of a range. The four numbers add up to the range.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UnpinReport {
+    /// Pages that were pinned and are not any more.
+    pub released: u64,
+    /// Pages that were not pinned.
+    pub not_pinned: u64,
+    /// Pages that stay pinned: in use, in an extent with one in use, or the IOMMU refused.
+    pub busy: u64,
+    /// Pages that stay pinned because the guest has parked unpinning.
+    pub parked: u64,
+}
+
+impl UnpinReport {
+    /// Whether the range's memory may be taken: nothing of it is mapped.
+    #[must_use]
+    pub const fn may_be_taken(&self) -> bool {
+        self.busy == 0 && self.parked == 0
+    }
+}
+
+/// How far a forced unpin is.
+#[derive(Debug)]
+#[must_use = "a forced unpin is not done until it says so"]
+pub enum UnpinStep {
+    /// There is more: call again.
+    More(ForcedUnpin),
+    /// Unpinning is parked: call again in a moment.
+    Wait(ForcedUnpin),
+    /// It is done. With the hold, which is there if the range may be taken, nothing in it is pinned; drop it once the
+    /// memory is taken.
+    Done(UnpinReport, Option<Hold>),
+}
+
+/// While it lives, no page of a range is pinned: requests for one are answered with PINNED clear.
+#[derive(Debug)]
+pub struct Hold {
+    holds: Arc<Holds>,
+    id: u64,
+    gfns: Range<u64>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.holds.remove(self.id);
+    }
+}
+
+/// The ranges that are held.
+#[derive(Debug, Default)]
+pub(super) struct Holds {
+    /// How many there are. Release and acquire with the list's lock: whoever locks a block after the holder has looked at
+    /// it, or made it after, sees the hold.
+    count: AtomicUsize,
+    list: Mutex<List>,
+}
+
+#[derive(Debug, Default)]
+struct List {
+    next_id: u64,
+    held: Vec<(u64, Range<u64>)>,
+}
+
+impl Holds {
+    fn add(self: &Arc<Self>, gfns: Range<u64>) -> Hold {
+        let mut list = self.list.lock();
+        let id = list.next_id;
+        list.next_id += 1;
+        list.held.push((id, gfns.clone()));
+        self.count.store(list.held.len(), Release);
+        Hold {
+            holds: Arc::clone(self),
+            id,
+            gfns,
+        }
+    }
+
+    fn remove(&self, id: u64) {
+        let mut list = self.list.lock();
+        list.held.retain(|(held, _)| *held != id);
+        self.count.store(list.held.len(), Release);
+    }
+
+    /// The pages of a block that are held. Called under its lock.
+    pub(super) fn pages_of(&self, no: BlockNo) -> PageSet {
+        if self.count.load(Acquire) == 0 {
+            return PageSet::EMPTY;
+        }
+        let list = self.list.lock();
+        list.held
+            .iter()
+            .fold(PageSet::EMPTY, |pages, (_, gfns)| pages | no.pages_in(gfns))
+    }
+}
+
+impl<S: TableSpace> Pinner<S> {
+    /// Begins to unpin a range; pages that the range has in part belong to it. Go on with
+    /// [`step_unpin`](Self::step_unpin).
+    pub fn unpin(&self, gpa: Gpa, bytes: u64, clock: &dyn Clock) -> ForcedUnpin {
+        let first = Gfn::containing(gpa);
+        let last = Gfn::containing(Gpa::new(gpa.raw().saturating_add(bytes.saturating_sub(1))));
+        let end = if bytes == 0 { first.raw() } else { last.raw() + 1 };
+        let hold = self.holds.add(first.raw()..end);
+        ForcedUnpin {
+            hold,
+            next: BlockNo::of(first),
+            started: clock.now(),
+            report: UnpinReport::default(),
+        }
+    }
+
+    /// Unpins the next blocks of a range.
+    pub fn step_unpin(&self, mut unpin: ForcedUnpin, clock: &dyn Clock) -> UnpinStep {
+        let gfns = unpin.hold.gfns.clone();
+        let mut steps = 0;
+        while let Some((no, chunk)) = self
+            .map
+            .next(unpin.next)
+            .filter(|(no, _)| intersection(&no.gfns(), &gfns).is_some())
+        {
+            if steps == STEP_BLOCKS {
+                return UnpinStep::More(unpin);
+            }
+            steps += 1;
+            let pages = no.pages_in(&gfns);
+            match self.unpin_in_block(no, &chunk, pages) {
+                Ok(report) => unpin.report.add(report),
+                Err(NotNow::Busy) => {
+                    // Wait for whoever is there, with the park guard let go, and come back.
+                    drop(chunk.lock(no));
+                    unpin.next = no;
+                    continue;
+                }
+                Err(NotNow::Parked) if clock.now() < unpin.started + self.config.park_time => {
+                    unpin.next = no;
+                    return UnpinStep::Wait(unpin);
+                }
+                Err(NotNow::Parked) => {
+                    unpin.report.parked += (chunk.lock(no).mapped() & pages).len();
+                }
+            }
+            match no.next() {
+                Some(next) => unpin.next = next,
+                None => break,
+            }
+        }
+        let mut report = unpin.report;
+        report.not_pinned = (gfns.end - gfns.start).saturating_sub(report.released + report.busy + report.parked);
+        UnpinStep::Done(report, report.may_be_taken().then_some(unpin.hold))
+    }
+
+    fn unpin_in_block(&self, no: BlockNo, chunk: &Chunk, pages: PageSet) -> Result<UnpinReport, NotNow> {
+        let activation = self.activation.read();
+        self.try_block(no, chunk, |block| {
+            let mapped = block.mapped() & pages;
+            let gone = match activation.dtt {
+                Some(dtt) => {
+                    self.take(no, block, Ask::Forced(pages), None, true, dtt, &self.space.view())
+                        .gone
+                }
+                // Nobody uses what a drain could not unmap, but it is still mapped: try again.
+                None => {
+                    self.drain_block(no, block, None);
+                    mapped - block.mapped()
+                }
+            };
+            self.counts.pages_unpinned_forced.add(gone.len());
+            let released = (mapped & gone).len();
+            UnpinReport {
+                released,
+                busy: mapped.len() - released,
+                ..UnpinReport::default()
+            }
+        })
+    }
+}
+
+impl UnpinReport {
+    fn add(&mut self, other: Self) {
+        self.released += other.released;
+        self.busy += other.busy;
+    }
+}
+
+impl Hold {
+    /// Where the range begins.
+    #[must_use]
+    pub fn gpa(&self) -> Gpa {
+        Gfn::new(self.gfns.start).unwrap_or(Gfn::MAX).gpa()
+    }
+
+    /// The range's size, in bytes.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        (self.gfns.end - self.gfns.start).saturating_mul(PAGE_SIZE)
+    }
+}

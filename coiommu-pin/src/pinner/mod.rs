@@ -1,0 +1,312 @@
+//! [`Pinner`]: pins what a guest asks for, and takes back what is idle.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | `mod.rs` | what a pinner is made of; activate, deactivate, park |
+//! | `pin.rs` | serving a request, piece by piece and block by block |
+//! | `unpin.rs` | taking extents of one block back; ticks; making room |
+//! | `forced.rs` | unpinning a range on demand, and holding it |
+//! | `ram.rs` | RAM that comes and goes |
+//! | `mapping.rs` | the calls of the mapper, and what to do when it disagrees with the pin map |
+//!
+//! Locks, in the order in which they are taken; none is held while waiting for a guest, for a park to end, or for another
+//! block:
+//!
+//! 1. `activation` (read): while the table is used; written to activate and deactivate.
+//! 2. `park` (read): while one block is unpinned. Blocks are only *tried* under it, so that whoever parks waits for one
+//!    block's unmap at most.
+//! 3. a block: while its mappings and PINNED bits change.
+//! 4. `regions` (read), the holds, the mapper's own: looked at under a block's lock. Who changes regions or holds
+//!    changes them first, holding nothing, and then locks the blocks: a pin that looked before is over by then, a pin
+//!    that locks later sees the change.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::time::Duration;
+
+use coiommu_dtt::walk::DttError;
+use coiommu_dtt::{Bdf, Dtt, Gfn, Gpa, PAGE_SIZE};
+use hdrhistogram::Histogram;
+
+use crate::mapper::DmaMapper;
+use crate::pin_map::{BlockNo, Extent, PinMap};
+use crate::policy::Policy;
+use crate::region::Regions;
+use crate::space::{GuestMemoryNotShown, TableSpace};
+use crate::stats::{Counters, Counts, Latency};
+use crate::sync::{Mutex, RwLock};
+
+mod forced;
+mod mapping;
+mod pin;
+mod ram;
+mod unpin;
+
+pub use forced::{ForcedUnpin, Hold, UnpinReport, UnpinStep};
+pub use pin::{PinResult, Step};
+pub use unpin::TickReport;
+
+/// Where the time comes from. A pinner reads no clock of its own, so that virtual time does as well as real time.
+pub trait Clock {
+    /// The time since some fixed moment; it does not go back.
+    fn now(&self) -> Duration;
+}
+
+/// A clock that stands still.
+impl Clock for Duration {
+    fn now(&self) -> Duration {
+        *self
+    }
+}
+
+/// What a pinner is to do, and for whom.
+#[derive(Clone, Debug)]
+pub struct PinnerConfig {
+    /// How to pin and unpin.
+    pub policy: Policy,
+    /// The endpoints that may be pinned for.
+    pub endpoints: Vec<Bdf>,
+    /// How long a request may take before it is cut off; guests give up after 5 s.
+    pub request_time: Duration,
+    /// How long a request waits for RAM that went to come back.
+    pub absent_time: Duration,
+    /// How long a forced unpin waits for a park to end.
+    pub park_time: Duration,
+}
+
+impl PinnerConfig {
+    /// A policy and endpoints, with the times that guests are used to: 4 s, 1 s, 1 s.
+    #[must_use]
+    pub fn new(policy: Policy, endpoints: Vec<Bdf>) -> Self {
+        Self {
+            policy,
+            endpoints,
+            request_time: Duration::from_secs(4),
+            absent_time: Duration::from_secs(1),
+            park_time: Duration::from_secs(1),
+        }
+    }
+}
+
+/// Why a pinner cannot be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PinnerError {
+    /// The IOMMU's smallest page is not 4 KiB.
+    #[error("the IOMMU has no 4 KiB pages (page sizes {0:#x}), so single pages cannot be pinned")]
+    PageSize(u64),
+}
+
+/// Some pages could not be taken out of the IOMMU; they are still in the pin map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{pages} pages are still mapped for the devices: the IOMMU refused to unmap them")]
+pub struct DrainError {
+    /// How many.
+    pub pages: u64,
+}
+
+/// Whether draining may still write the guest's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drain {
+    /// The guest asked for it (DEACTIVATE): its table is still its table, and PINNED is cleared in it.
+    Deactivate,
+    /// Reset, or the guest is gone: the table may be anybody's memory, and is not written.
+    Reset,
+}
+
+/// The table in use, and a number that tells one activation from the next.
+#[derive(Debug, Default)]
+struct Activation {
+    dtt: Option<Dtt>,
+    number: u64,
+}
+
+/// Pins guest memory for devices, page by page, as the guest asks for it.
+///
+/// A pinner is for one guest and one mapper. All methods take `&self` and may be called from many threads.
+/// Life goes like this: [`add_region`](Self::add_region) for the RAM there is; [`activate`](Self::activate) when the
+/// guest says where its table is; then [`begin`](Self::begin) and [`step`](Self::step) for each request and
+/// [`tick`](Self::tick) every so often; [`deactivate`](Self::deactivate) at the end, with the endpoints' bus mastering
+/// switched off before.
+pub struct Pinner<S: TableSpace> {
+    space: S,
+    mapper: Arc<dyn DmaMapper>,
+    config: PinnerConfig,
+    regions: RwLock<Regions>,
+    /// Held while regions come and go, one at a time, and while draining; before all other locks.
+    changing_regions: Mutex<()>,
+    map: PinMap,
+    activation: RwLock<Activation>,
+    /// How many PARKs without their UNPARK.
+    park: RwLock<u64>,
+    holds: Arc<forced::Holds>,
+    /// Where the clock hand of the ticks is. Held for one read or write.
+    hand: Mutex<BlockNo>,
+    /// Full turns of the hand. A block remembers in which one it changed; off by one does not matter.
+    round: AtomicU32,
+    counts: Counts,
+    latency: Latency,
+}
+
+impl<S: TableSpace> Pinner<S> {
+    /// A pinner with nothing pinned and no RAM yet.
+    ///
+    /// # Errors
+    ///
+    /// [`PinnerError`] says what the mapper lacks.
+    pub fn new(space: S, mapper: Arc<dyn DmaMapper>, mut config: PinnerConfig) -> Result<Self, PinnerError> {
+        let page_sizes = mapper.limits().page_sizes;
+        if page_sizes & PAGE_SIZE == 0 || page_sizes & (PAGE_SIZE - 1) != 0 {
+            return Err(PinnerError::PageSize(page_sizes));
+        }
+        config.endpoints.sort_unstable();
+        Ok(Self {
+            space,
+            mapper,
+            config,
+            regions: RwLock::default(),
+            changing_regions: Mutex::default(),
+            map: PinMap::default(),
+            activation: RwLock::default(),
+            park: RwLock::default(),
+            holds: Arc::default(),
+            hand: Mutex::new(BlockNo::of(Gfn::default())),
+            round: AtomicU32::new(0),
+            counts: Counts::default(),
+            latency: Latency::new(),
+        })
+    }
+
+    /// Starts serving the table at `root`. If another is in use, that is deactivated first.
+    ///
+    /// # Errors
+    ///
+    /// [`DttError`]: there is no table; nothing is in use then.
+    pub fn activate(&self, root: Gpa, levels: u64) -> Result<(), DttError> {
+        // What could not be drained stays in the pin map and is served from it.
+        let _left = self.deactivate(Drain::Deactivate);
+        let dtt = Dtt::new(&*self.space.view(), root, levels)?;
+        let mut activation = self.activation.write();
+        activation.dtt = Some(dtt);
+        activation.number += 1;
+        Ok(())
+    }
+
+    /// Stops serving, takes everything out of the IOMMU and ends all parking. Requests that are being served end at
+    /// their next step. The caller has switched off the endpoints' bus mastering.
+    ///
+    /// # Errors
+    ///
+    /// [`DrainError`] if the mapper refused to unmap something.
+    pub fn deactivate(&self, drain: Drain) -> Result<(), DrainError> {
+        let _no_region_changes = self.changing_regions.lock();
+        let dtt = self.activation.write().dtt.take();
+        *self.park.write() = 0;
+        let view = self.space.view();
+        let table = dtt.filter(|_| drain == Drain::Deactivate).map(|dtt| (dtt, &*view));
+        self.forget_absent(table);
+        let mut left = 0;
+        for (block, chunk) in self.map.blocks(BlockNo::of(Gfn::default())) {
+            left += self.drain_block(block, &mut chunk.lock(block), table);
+        }
+        if left == 0 {
+            Ok(())
+        } else {
+            Err(DrainError { pages: left })
+        }
+    }
+
+    /// Whether there is a table in use.
+    #[must_use]
+    pub fn is_active(&self) -> bool {
+        self.activation.read().dtt.is_some()
+    }
+
+    /// No unpinning until the matching [`unpark`](Self::unpark). When this returns, none is under way. Nests.
+    pub fn park(&self) {
+        let mut parked = self.park.write();
+        *parked = parked.saturating_add(1);
+    }
+
+    /// Ends one [`park`](Self::park); without one, nothing.
+    pub fn unpark(&self) {
+        let mut parked = self.park.write();
+        *parked = parked.saturating_sub(1);
+    }
+
+    /// How this pinner pins.
+    #[must_use]
+    pub const fn policy(&self) -> &Policy {
+        &self.config.policy
+    }
+
+    /// Pages mapped for the devices now; for a moment also those whose map call is under way.
+    #[must_use]
+    pub fn pinned_pages(&self) -> u64 {
+        self.map.pages()
+    }
+
+    /// Mappings (extents) now.
+    #[must_use]
+    pub fn mappings(&self) -> u64 {
+        self.map.mappings()
+    }
+
+    /// What was counted so far.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.counts.read()
+    }
+
+    /// How long requests took, in microseconds.
+    #[must_use]
+    pub fn latency(&self) -> Histogram<u64> {
+        self.latency.read()
+    }
+
+    /// The extents that are mapped, in ascending order. Each block is right; two blocks may be of different moments.
+    #[must_use]
+    pub fn extents(&self) -> Vec<Extent> {
+        let mut extents = Vec::new();
+        for (block, chunk) in self.map.blocks(BlockNo::of(Gfn::default())) {
+            let here = chunk.lock(block).extents();
+            extents.extend(here.map(|pages| Extent {
+                first: block.gfn(pages.start),
+                pages: pages.len() as u64,
+            }));
+        }
+        extents
+    }
+
+    /// Bytes that the books of what is pinned take.
+    #[must_use]
+    pub fn overhead_bytes(&self) -> u64 {
+        self.map.overhead()
+    }
+
+    fn round(&self) -> u32 {
+        self.round.load(Relaxed)
+    }
+}
+
+/// Nothing stays mapped: the regions' memory is freed next.
+impl<S: TableSpace> Drop for Pinner<S> {
+    fn drop(&mut self) {
+        if let Err(error) = self.deactivate(Drain::Reset) {
+            log::error!("{error}; the guest's memory is never freed");
+            self.regions.read().iter().for_each(|region| region.leak());
+        }
+    }
+}
+
+impl<S: TableSpace> fmt::Debug for Pinner<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pinner")
+            .field("space", &GuestMemoryNotShown)
+            .field("mapper", &self.mapper)
+            .field("config", &self.config)
+            .field("pinned_pages", &self.pinned_pages())
+            .field("mappings", &self.mappings())
+            .finish_non_exhaustive()
+    }
+}
