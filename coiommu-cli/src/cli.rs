@@ -1,0 +1,96 @@
+//! The command line: arguments in, exit code out.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::replay;
+
+/// Pass devices through to VMs without pinning all of their memory.
+#[derive(Debug, Parser)]
+#[command(name = "coiommu", version, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Replay(replay::Args),
+    /// Print a completion script for a shell
+    #[command(after_help = "Example: coiommu completions bash > /etc/bash_completion.d/coiommu")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Print a man page
+    #[command(after_help = "Examples:\n  coiommu man | man -l -\n  coiommu man replay > coiommu-replay.1")]
+    Man {
+        /// The subcommand that the page is of; without one, the program
+        subcommand: Option<String>,
+    },
+}
+
+/// Runs the program with the arguments of this process.
+#[must_use]
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Replay(args) => replay::run(&args),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "coiommu", &mut script);
+            io::stdout().write_all(&script).map_err(Into::into)
+        }
+        Command::Man { subcommand } => man(subcommand.as_deref()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads the output has seen enough.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nothing can be done where this cannot be written either.
+            let _ = writeln!(io::stderr(), "coiommu: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<io::Error>()
+        .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+fn man(subcommand: Option<&str>) -> anyhow::Result<()> {
+    let mut program = Cli::command();
+    program.build();
+    let command = match subcommand {
+        None => program,
+        Some(name) => match program.find_subcommand(name) {
+            Some(command) => command.clone(),
+            None => program
+                .error(
+                    clap::error::ErrorKind::InvalidValue,
+                    format!("there is no subcommand '{name}'"),
+                )
+                .exit(),
+        },
+    };
+    let name = command.get_display_name().unwrap_or(command.get_name()).to_owned();
+    let mut page = Vec::new();
+    clap_mangen::Man::new(command).title(name).render(&mut page)?;
+    io::stdout().write_all(&page)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_well_formed() {
+        Cli::command().debug_assert();
+    }
+}
