@@ -34,6 +34,9 @@ pub enum GuestError {
     /// No page for a table.
     #[error("no page left for a table")]
     NoTablePage,
+    /// A directory entry holds something that leads nowhere.
+    #[error("a directory entry holds {0:#x}, which is no table")]
+    BadDirectory(u64),
     /// The count is as high as it goes.
     #[error(transparent)]
     CountLimit(#[from] CountLimit),
@@ -169,9 +172,9 @@ fn enter_table<W: Word64>(word: &W, pages: &impl TablePages) -> Result<Gpa, Gues
     // Release: the page's zeros are seen by whoever follows the entry. Acquire: so are the other CPU's.
     match word.compare_exchange(0, DirectoryEntry::to(page).raw(), AcqRel, Acquire) {
         Ok(_) => Ok(page),
-        Err(_) => {
+        Err(raw) => {
             pages.free(page);
-            DirectoryEntry::read(word).table().ok_or(GuestError::NoTablePage)
+            DirectoryEntry::read(word).table().ok_or(GuestError::BadDirectory(raw))
         }
     }
 }
@@ -180,7 +183,8 @@ fn enter_table<W: Word64>(word: &W, pages: &impl TablePages) -> Result<Gpa, Gues
 ///
 /// # Errors
 ///
-/// [`MemoryError`] if there is no memory for all of it, or if `at` does not fit into a request.
+/// [`MemoryError::Absent`] if there is no memory for all of it, which is so for any address that does not fit into a
+/// request (63 bits).
 pub fn write_batch<M: TableMemory + ?Sized>(
     mem: &M,
     at: Gpa,
@@ -188,7 +192,10 @@ pub fn write_batch<M: TableMemory + ?Sized>(
     gfns: &[Gfn],
 ) -> Result<RequestWord, MemoryError> {
     const AT_ONCE: usize = 64;
-    let absent = MemoryError::Absent { at, bytes: gfns.len() };
+    let absent = MemoryError::Absent {
+        at,
+        bytes: size_of::<BatchHeader>() + size_of_val(gfns),
+    };
     let header = BatchHeader {
         bdf: U16::new(bdf.raw()),
         pad: [U16::ZERO; 3],

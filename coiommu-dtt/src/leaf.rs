@@ -104,6 +104,9 @@ impl<W> Clone for Leaf<'_, W> {
 impl<W> Copy for Leaf<'_, W> {}
 
 impl<'a, W: Word32> Leaf<'a, W> {
+    /// How often the host tries to swap PINNED away.
+    const MOST_TRIES: u32 = 64;
+
     /// The leaf entry in this word.
     pub const fn new(word: &'a W) -> Self {
         Self(word)
@@ -169,8 +172,9 @@ impl<'a, W: Word32> Leaf<'a, W> {
         }
     }
 
-    /// Guest: whether the page is pinned, after its request was answered. While the guest counts the page, the answer
-    /// yes stays true until its unmap.
+    /// Whether the page is pinned. A guest asks after its request was answered: while it counts the page, the answer yes
+    /// stays true until its unmap. The host asks under the page's block lock, to spare itself a
+    /// [`set_pinned`](Self::set_pinned).
     ///
     /// Races with [`set_pinned`](Self::set_pinned): not yet set reads as a failed pin, so guests look only after the
     /// slot reads 0. Acquire, as in [`guest_map`](Self::guest_map).
@@ -198,11 +202,13 @@ impl<'a, W: Word32> Leaf<'a, W> {
     ///
     /// # Errors
     ///
-    /// The entry as it was when it refused: counted or accessed. Nothing was changed.
+    /// The entry as it was when it refused: counted or accessed, or changing so fast that the swap never came through,
+    /// which no honest guest does to an idle page. Nothing was changed.
     pub fn try_unpin(self) -> Result<(), LeafEntry> {
         // A first look with acquire, because it alone decides where PINNED is already clear.
         let mut old = self.0.load(Acquire);
-        loop {
+        // A guest that keeps writing the word must not keep the host here.
+        for _ in 0..Self::MOST_TRIES {
             let entry = LeafEntry(old);
             if !entry.is_idle() {
                 return Err(entry);
@@ -218,6 +224,7 @@ impl<'a, W: Word32> Leaf<'a, W> {
                 Err(now) => old = now,
             }
         }
+        Err(LeafEntry(old))
     }
 
     /// Host: clears ACCESSED, so that the page may go next time if nobody maps it until then.

@@ -128,11 +128,19 @@ pub struct BatchHeader {
     pub nr_pages: U64,
 }
 
-/// The notify map: a slot for each vCPU, shared with the guest.
-#[derive(Clone, Copy, Debug)]
+/// The notify map: a slot for each vCPU, shared with the guest. Copies are of the same slots.
+#[derive(Debug)]
 pub struct NotifySlots<'a, W> {
     slots: &'a [W],
 }
+
+impl<W> Clone for NotifySlots<'_, W> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<W> Copy for NotifySlots<'_, W> {}
 
 /// A vCPU that has no slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

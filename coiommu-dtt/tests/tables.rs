@@ -13,9 +13,10 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 use zerocopy::FromBytes;
 
 const RAM: u64 = 8 << 20;
+const RAM_BYTES: usize = 8 << 20;
 
 fn memory() -> GuestMemoryMmap {
-    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap()
+    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM_BYTES)]).unwrap()
 }
 
 fn gfn(raw: u64) -> Gfn {

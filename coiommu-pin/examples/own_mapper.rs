@@ -74,7 +74,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let page = Gfn::containing(Gpa::new(0x80_0000));
     let word = guest.map(page, nic)?;
     let mut scratch = Scratch::default();
-    let mut request = pinner.begin(word, &clock)?;
+    let mut request = pinner.begin(word, clock.now())?;
     let result = loop {
         match pinner.step(&mut request, &mut scratch, &clock) {
             Step::Done(result) => break result,

@@ -25,6 +25,8 @@ const CHUNK_BLOCKS: usize = 8;
 pub(crate) struct BlockNo(u64);
 
 impl BlockNo {
+    pub(crate) const FIRST: Self = Self(0);
+
     pub(crate) const fn of(gfn: Gfn) -> Self {
         Self(gfn.raw() / BLOCK_PAGES as u64)
     }

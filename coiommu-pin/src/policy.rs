@@ -1,6 +1,7 @@
 //! Policies: what one map call covers, and when pages go.
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -30,18 +31,19 @@ use coiommu_dtt::PAGE_SIZE;
 /// # Ok::<(), coiommu_pin::policy::PolicyError>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Policy {
     /// What one map call covers.
     pub extent: ExtentPolicy,
     /// Whether idle pages are taken back over time.
     pub unpin_policy: UnpinPolicy,
-    /// From one tick to the next; above 0.
+    /// From one tick to the next; 0: no ticks.
     pub unpin_interval: Duration,
-    /// The most pages that one tick takes back; above 0.
-    pub unpin_limit: Option<u64>,
+    /// The most pages that one tick takes back.
+    pub unpin_limit: Option<NonZeroU64>,
     /// After so many rounds without a change, a block is looked at only every so many rounds; 0: always.
     pub unpin_gen_threshold: u32,
-    /// The most bytes that are pinned at once; at least a page.
+    /// The most bytes that are pinned at once; of a page that they have in part, none.
     pub quota: Option<u64>,
 }
 
@@ -92,6 +94,7 @@ pub enum UnpinPolicy {
 
 /// Why text is no policy.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum PolicyError {
     /// Not `key=value`.
     #[error("{0:?} is not key=value")]
@@ -143,7 +146,8 @@ impl Policy {
     /// From one tick to the next; `None` if there are no ticks.
     #[must_use]
     pub fn tick_interval(&self) -> Option<Duration> {
-        (self.unpin_policy == UnpinPolicy::Lru).then_some(self.unpin_interval)
+        let ticks = self.unpin_policy == UnpinPolicy::Lru && !self.unpin_interval.is_zero();
+        ticks.then_some(self.unpin_interval)
     }
 
     /// The most pages that are pinned at once.
@@ -156,9 +160,9 @@ impl Policy {
             "extent" => self.extent = parse_extent(value)?,
             "unpin_policy" => self.unpin_policy = parse_unpin_policy(value)?,
             "unpin_interval" => self.unpin_interval = parse_seconds(value).filter(|interval| !interval.is_zero())?,
-            "unpin_limit" => self.unpin_limit = optional(value, parse_digits, 1)?,
+            "unpin_limit" => self.unpin_limit = optional(value, |digits| NonZeroU64::new(parse_digits(digits)?))?,
             "unpin_gen_threshold" => self.unpin_gen_threshold = u32::try_from(parse_digits(value)?).ok()?,
-            _ => self.quota = optional(value, parse_bytes, PAGE_SIZE)?,
+            _ => self.quota = optional(value, |bytes| parse_bytes(bytes).filter(|&bytes| bytes >= PAGE_SIZE))?,
         }
         Some(())
     }
@@ -283,12 +287,12 @@ fn parse_unpin_policy(value: &str) -> Option<UnpinPolicy> {
     }
 }
 
-/// `none`, or a number of at least `least`.
-fn optional(value: &str, parse: impl Fn(&str) -> Option<u64>, least: u64) -> Option<Option<u64>> {
+/// `none`, or something.
+fn optional<T>(value: &str, parse: impl Fn(&str) -> Option<T>) -> Option<Option<T>> {
     if value == "none" {
         Some(None)
     } else {
-        parse(value).filter(|&number| number >= least).map(Some)
+        parse(value).map(Some)
     }
 }
 
@@ -362,7 +366,7 @@ mod tests {
                     extent,
                     unpin_policy,
                     unpin_interval,
-                    unpin_limit,
+                    unpin_limit: unpin_limit.and_then(NonZeroU64::new),
                     unpin_gen_threshold,
                     quota,
                 },

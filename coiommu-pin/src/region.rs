@@ -47,6 +47,7 @@ pub struct RamFile {
 
 /// Why a region cannot come or go.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum RegionError {
     /// Not whole pages, empty, or beyond the address space.
     #[error("RAM of {bytes:#x} bytes at {gpa} is not made of pages")]
@@ -171,7 +172,8 @@ impl RamRegion {
         })
     }
 
-    /// A region of vm-memory; it must be writable RAM.
+    /// A region of vm-memory. It must be writable: the trait does not tell, and devices fault, or this process does, where
+    /// it is not. With vm-memory's feature `xen`, its memory must be mapped for good, not on demand.
     ///
     /// # Errors
     ///
@@ -192,7 +194,8 @@ impl RamRegion {
             .transpose()
             .map_err(|error| RegionError::File { gpa, error })?;
         // SAFETY: vm-memory keeps the region's memory mapped as long as the region lives, which the Arc makes sure of, and
-        // lends out no references to it but atomics and volatile slices.
+        // lends out no references to it but atomics and volatile slices. Memory that is not writable, and grants of the
+        // feature xen, which the caller was told to keep away, are not made unsound by an access: that ends in a signal.
         unsafe { Self::new(gpa, bytes, hva, file, Arc::clone(&region) as Arc<dyn Any + Send + Sync>) }
     }
 
@@ -263,7 +266,12 @@ pub(crate) struct AbsentRegion {
     pub(crate) identity: Option<FileIdentity>,
     /// What was mapped when it went, in gfns: the guest still sees PINNED there.
     pub(crate) extents: Vec<Range<u64>>,
+    /// The region, as long as something of it may still be mapped.
+    memory: Option<Arc<RamRegion>>,
 }
+
+/// How many places that were RAM once are known. A guest that moves RAM around makes new ones; the oldest are forgotten.
+const MOST_ABSENT: usize = 1024;
 
 impl Regions {
     /// The region that a page is in.
@@ -289,8 +297,20 @@ impl Regions {
         !self.absent.is_empty()
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<RamRegion>> {
-        self.present.values()
+    /// How many pages of a range were mapped when their RAM went, and will be again when it returns.
+    pub(crate) fn remembered(&self, gfns: &Range<u64>) -> u64 {
+        let extents = self.absent.iter().flat_map(|absent| &absent.extents);
+        extents
+            .filter_map(|extent| intersection(extent, gfns))
+            .map(|pages| pages.end - pages.start)
+            .sum()
+    }
+
+    /// All regions of which something may be mapped.
+    pub(crate) fn memory(&self) -> impl Iterator<Item = &Arc<RamRegion>> {
+        self.present
+            .values()
+            .chain(self.absent.iter().filter_map(|absent| absent.memory.as_ref()))
     }
 
     /// Enters a region and gives what was remembered of its place, cut to it. What was remembered beyond stays.
@@ -308,16 +328,24 @@ impl Regions {
         returning
     }
 
-    /// Takes out the region that is exactly there.
-    pub(crate) fn remove(&mut self, gfns: &Range<u64>) -> Option<Arc<RamRegion>> {
+    /// Takes out the region that is exactly there; its memory is kept until [`let_go`](Self::let_go). Gives what had to be
+    /// forgotten for it.
+    pub(crate) fn remove(&mut self, gfns: &Range<u64>) -> Option<Vec<Range<u64>>> {
         self.present.get(&gfns.start).filter(|region| region.gfns() == *gfns)?;
         let region = self.present.remove(&gfns.start)?;
+        let oldest = self.absent.iter().position(|absent| absent.memory.is_none());
+        let forgotten = match oldest {
+            Some(oldest) if self.absent.len() >= MOST_ABSENT => self.absent.remove(oldest).extents,
+            _ => Vec::new(),
+        };
+        let identity = region.file_identity();
         self.absent.push(AbsentRegion {
             gfns: gfns.clone(),
-            identity: region.file_identity(),
+            identity,
             extents: Vec::new(),
+            memory: Some(region),
         });
-        Some(region)
+        Some(forgotten)
     }
 
     /// Remembers what was mapped in regions that went.
@@ -331,6 +359,15 @@ impl Regions {
                 absent.extents.push(extent);
             }
         }
+    }
+
+    /// Nothing of the regions that went from a range is mapped any more: their memory may go.
+    pub(crate) fn let_go(&mut self, gfns: &Range<u64>) {
+        let inside = |absent: &&mut AbsentRegion| gfns.start <= absent.gfns.start && absent.gfns.end <= gfns.end;
+        self.absent
+            .iter_mut()
+            .filter(inside)
+            .for_each(|absent| absent.memory = None);
     }
 
     /// Forgets what was mapped anywhere, and gives it; the places stay known as RAM that may return.
@@ -356,6 +393,7 @@ impl AbsentRegion {
                 gfns,
                 identity: self.identity,
                 extents,
+                memory: self.memory.clone(),
             })
         })
     }

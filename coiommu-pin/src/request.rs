@@ -14,8 +14,9 @@ pub const PIECE_PAGES: usize = 4096;
 
 /// A request that is being served: what is left of it.
 #[derive(Debug)]
+#[must_use = "a request that is dropped is a slot that is never answered"]
 pub struct PinRequest {
-    bdf: Bdf,
+    word: RequestWord,
     rest: Rest,
     /// When it was taken from its slot.
     pub(crate) taken: Duration,
@@ -25,8 +26,8 @@ pub struct PinRequest {
     pub(crate) made_room: bool,
     /// Whether to wait for RAM that went.
     pub(crate) waits: bool,
-    /// A piece that was read and has to be served again once RAM is back.
-    waiting: Vec<u64>,
+    /// What was read of a piece and is yet to be served.
+    kept: Vec<u64>,
     pub(crate) asked: u64,
     pub(crate) failed: u64,
 }
@@ -34,12 +35,14 @@ pub struct PinRequest {
 #[derive(Debug)]
 enum Rest {
     Page(u64),
+    Header(Gpa),
     Batch { next: Gpa, pages: u64 },
     Nothing,
 }
 
 /// Why a request is not looked at. Its slot is answered all the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum Refusal {
     /// There is no table: before ACTIVATE, after DEACTIVATE, or the table is another by now.
     #[error("not active")]
@@ -104,75 +107,80 @@ impl Scratch {
 }
 
 impl PinRequest {
-    /// Reads a request: its word, and the header if it is a batch.
+    /// Reads a request's word; a batch's header is read when it is served, as its RAM may be away for a moment.
     ///
     /// # Errors
     ///
-    /// [`Refusal`], but for the endpoint, which the caller checks.
-    pub(crate) fn decode<M: TableMemory + ?Sized>(
+    /// [`Refusal::NoEndpoint`] or [`Refusal::UnknownEndpoint`].
+    pub(crate) fn decode(
         word: RequestWord,
-        mem: &M,
         taken: Duration,
         activation: u64,
+        endpoints: &[Bdf],
     ) -> Result<Self, Refusal> {
-        let (bdf, rest) = match word.decode()? {
-            Request::Page { gfn, bdf } => (bdf, Rest::Page(gfn.raw())),
-            Request::Batch { header } => decode_batch(header, mem)?,
+        let rest = match word.decode()? {
+            Request::Batch { header } => Rest::Header(header),
+            Request::Page { gfn, bdf } => {
+                check_endpoint(bdf, endpoints)?;
+                Rest::Page(gfn.raw())
+            }
         };
+        let (made_room, waits, kept) = (false, true, Vec::new());
         Ok(Self {
-            bdf,
+            word,
             rest,
             taken,
             activation,
-            made_room: false,
-            waits: true,
-            waiting: Vec::new(),
+            made_room,
+            waits,
+            kept,
             asked: 0,
             failed: 0,
         })
     }
 
-    /// The endpoint that will use the pages.
+    /// What the slot held: what its answer replaces by 0.
     #[must_use]
-    pub const fn bdf(&self) -> Bdf {
-        self.bdf
+    pub const fn word(&self) -> RequestWord {
+        self.word
     }
 
-    /// Pages that are still to be read, as the guest says.
-    #[must_use]
-    pub const fn pages_left(&self) -> u64 {
-        match self.rest {
-            Rest::Page(_) => 1,
-            Rest::Batch { pages, .. } => pages,
-            Rest::Nothing => 0,
-        }
+    /// Whether everything was read and served.
+    pub(crate) const fn is_served(&self) -> bool {
+        matches!(self.rest, Rest::Nothing) && self.kept.is_empty()
     }
 
-    /// Keeps the piece at hand for the next step. This allocates; it is rare, and at most once a second a vCPU.
-    pub(crate) fn keep_piece(&mut self, scratch: &mut Scratch) {
-        self.waiting.clear();
-        self.waiting.extend_from_slice(scratch.piece());
+    /// Keeps the gfns of the piece at hand from index `from` on for the next step. This allocates; it happens only when
+    /// RAM is away, or when map calls are so slow that a step's time is over.
+    pub(crate) fn keep_piece(&mut self, scratch: &mut Scratch, from: usize) {
+        self.kept.clear();
+        self.kept
+            .extend_from_slice(scratch.piece().get(from..).unwrap_or_default());
     }
 
-    /// Copies the next piece, or the one that was kept.
+    /// Copies the next piece, or what was kept of one, and puts it in order.
     ///
     /// # Errors
     ///
-    /// [`MemoryError`]: some of it is not memory. It is still the next piece.
+    /// [`Refusal`]; if it is [`Refusal::Unreadable`], the same is still to be read.
     pub(crate) fn read_piece<M: TableMemory + ?Sized>(
         &mut self,
         mem: &M,
+        endpoints: &[Bdf],
         scratch: &mut Scratch,
-    ) -> Result<(), MemoryError> {
+    ) -> Result<(), Refusal> {
         scratch.len = 0;
-        if !self.waiting.is_empty() {
-            scratch.len = self.waiting.len();
-            scratch.piece().copy_from_slice(&self.waiting);
-            self.waiting.clear();
+        if !self.kept.is_empty() {
+            scratch.len = self.kept.len();
+            scratch.piece().copy_from_slice(&self.kept);
+            self.kept.clear();
             return Ok(());
         }
+        if let Rest::Header(header) = self.rest {
+            self.rest = read_header(header, mem, endpoints)?;
+        }
         match &mut self.rest {
-            Rest::Nothing => {}
+            Rest::Nothing | Rest::Header(_) => {}
             Rest::Page(gfn) => {
                 scratch.gfns[..1].copy_from_slice(&[*gfn]);
                 scratch.len = 1;
@@ -191,19 +199,29 @@ impl PinRequest {
                 }
             }
         }
+        scratch.sort();
         Ok(())
     }
 }
 
-fn decode_batch<M: TableMemory + ?Sized>(header: Gpa, mem: &M) -> Result<(Bdf, Rest), Refusal> {
+/// Checks that a request is for one of the guest's endpoints, which are sorted.
+fn check_endpoint(bdf: Bdf, endpoints: &[Bdf]) -> Result<(), Refusal> {
+    endpoints
+        .binary_search(&bdf)
+        .map(|_| ())
+        .map_err(|_| Refusal::UnknownEndpoint(bdf))
+}
+
+fn read_header<M: TableMemory + ?Sized>(header: Gpa, mem: &M, endpoints: &[Bdf]) -> Result<Rest, Refusal> {
     let mut read = BatchHeader::new_zeroed();
     mem.read(header, read.as_mut_bytes())?;
-    let bdf = Bdf::new(read.bdf.get()).ok_or(NoEndpoint)?;
+    check_endpoint(Bdf::new(read.bdf.get()).ok_or(NoEndpoint)?, endpoints)?;
     let pages = read.nr_pages.get();
     let first = header.checked_add(size_of::<BatchHeader>() as u64);
     let list = pages.checked_mul(size_of::<u64>() as u64);
     match (first, list) {
-        (Some(next), Some(bytes)) if next.checked_add(bytes).is_some() => Ok((bdf, Rest::Batch { next, pages })),
+        (Some(_), Some(0)) => Ok(Rest::Nothing),
+        (Some(next), Some(bytes)) if next.checked_add(bytes).is_some() => Ok(Rest::Batch { next, pages }),
         _ => Err(Refusal::TooLong { header, pages }),
     }
 }
@@ -223,65 +241,89 @@ mod tests {
         GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).unwrap()
     }
 
-    fn decode(raw: u64, mem: &GuestMemoryMmap) -> Result<PinRequest, Refusal> {
-        PinRequest::decode(RequestWord::from_raw(raw).unwrap(), mem, Duration::ZERO, 0)
+    fn bdf(raw: u16) -> Bdf {
+        Bdf::new(raw).unwrap()
     }
 
-    fn drain(request: &mut PinRequest, mem: &GuestMemoryMmap) -> Vec<Vec<u64>> {
+    fn decode(raw: u64) -> Result<PinRequest, Refusal> {
+        PinRequest::decode(
+            RequestWord::from_raw(raw).unwrap(),
+            Duration::ZERO,
+            0,
+            &[bdf(7), bdf(0x10)],
+        )
+    }
+
+    /// All pieces, and why it ended.
+    fn pieces(request: &mut PinRequest, mem: &GuestMemoryMmap) -> (Vec<Vec<u64>>, Option<Refusal>) {
         let mut scratch = Scratch::default();
         let mut pieces = Vec::new();
-        while request.pages_left() > 0 {
-            request.read_piece(mem, &mut scratch).unwrap();
+        while !request.is_served() {
+            if let Err(refusal) = request.read_piece(mem, &[bdf(7), bdf(0x10)], &mut scratch) {
+                return (pieces, Some(refusal));
+            }
             pieces.push(scratch.piece().to_vec());
         }
-        pieces
+        (pieces, None)
     }
 
     #[test]
     fn a_single_page_is_a_piece_of_one() {
-        let mem = memory();
-        let mut request = decode(0x1234_0010, &mem).unwrap();
-        assert_eq!((request.bdf().raw(), request.pages_left()), (0x10, 1));
-        assert_eq!(drain(&mut request, &mem), [[0x1234]]);
+        let mut request = decode(0x1234_0010).unwrap();
+        assert_eq!(request.word().raw(), 0x1234_0010);
+        assert_eq!(pieces(&mut request, &memory()), (vec![vec![0x1234]], None));
+        assert_eq!(decode(0x5_0000).unwrap_err(), Refusal::NoEndpoint(NoEndpoint));
+        assert_eq!(decode(0x5_0011).unwrap_err(), Refusal::UnknownEndpoint(bdf(0x11)));
     }
 
     #[test]
     fn a_long_batch_comes_in_pieces() {
         let mem = memory();
         let gfns: Vec<_> = (0..10_000).map(|n| Gfn::new(n * 3).unwrap()).collect();
-        let word = write_batch(&mem, Gpa::new(8), Bdf::new(7).unwrap(), &gfns).unwrap();
-        let mut request = decode(word.raw(), &mem).unwrap();
-        assert_eq!(request.bdf().raw(), 7);
-        let pieces = drain(&mut request, &mem);
+        let word = write_batch(&mem, Gpa::new(8), bdf(7), &gfns).unwrap();
+        let (pieces, end) = pieces(&mut decode(word.raw()).unwrap(), &mem);
+        assert_eq!(end, None);
         assert_eq!(pieces.iter().map(Vec::len).collect::<Vec<_>>(), [4096, 4096, 1808]);
         assert_eq!(pieces.concat(), gfns.iter().map(|gfn| gfn.raw()).collect::<Vec<_>>());
     }
 
     #[test]
-    fn a_batch_that_cannot_be_is_refused_before_it_is_read() {
+    fn what_is_kept_of_a_piece_comes_before_the_next() {
+        let mem = memory();
+        let gfns: Vec<_> = (0..5000).map(|n| Gfn::new(n).unwrap()).collect();
+        let word = write_batch(&mem, Gpa::new(8), bdf(7), &gfns).unwrap();
+        let mut request = decode(word.raw()).unwrap();
+        let mut scratch = Scratch::default();
+        request.read_piece(&mem, &[bdf(7)], &mut scratch).unwrap();
+        request.keep_piece(&mut scratch, 4000);
+        let (pieces, _) = pieces(&mut request, &mem);
+        assert_eq!(pieces, [(4000..4096).collect::<Vec<_>>(), (4096..5000).collect()]);
+    }
+
+    #[test]
+    fn a_batch_that_cannot_be_is_refused_before_its_list_is_read() {
         let mem = memory();
         let at = 0x1000_u64;
-        let write = |bdf: u16, pages: u64| {
+        let serve = |bdf: u16, pages: u64| {
             mem.write_obj(bdf, GuestAddress(at)).unwrap();
             mem.write_obj(pages, GuestAddress(at + 8)).unwrap();
-            decode(at | 1 << 63, &mem)
+            pieces(&mut decode(at | 1 << 63).unwrap(), &mem)
         };
         let header = Gpa::new(at);
         for pages in [u64::MAX, u64::MAX / 8, (u64::MAX - at - 16) / 8 + 1] {
-            assert_eq!(write(1, pages).unwrap_err(), Refusal::TooLong { header, pages });
+            assert_eq!(serve(7, pages), (vec![], Some(Refusal::TooLong { header, pages })));
         }
-        assert_eq!(write(0, 1).unwrap_err(), Refusal::NoEndpoint(NoEndpoint));
-        assert_eq!(write(1, 0).unwrap().pages_left(), 0);
-        let mut request = write(1, (u64::MAX - at - 16) / 8).unwrap();
-        let mut scratch = Scratch::default();
-        while request.read_piece(&mem, &mut scratch).is_ok() {}
-        assert!(request.pages_left() > 1 << 60, "it ends where RAM ends");
-        assert!(matches!(
-            decode(1 << 63 | (RAM as u64 - 8), &mem),
-            Err(Refusal::Unreadable(_))
-        ));
-        assert!(matches!(decode(u64::MAX, &mem), Err(Refusal::Unreadable(_))));
-        assert_eq!(decode(0x5_0000, &mem).unwrap_err(), Refusal::NoEndpoint(NoEndpoint));
+        assert_eq!(serve(0, 1).1, Some(Refusal::NoEndpoint(NoEndpoint)));
+        assert_eq!(serve(8, 1).1, Some(Refusal::UnknownEndpoint(bdf(8))));
+        assert_eq!(serve(7, 0), (vec![vec![]], None));
+        // As long as an address space: it ends where RAM ends.
+        let (pieces_read, end) = serve(7, (u64::MAX - at - 16) / 8);
+        assert!(matches!(end, Some(Refusal::Unreadable(_))));
+        assert!(pieces_read.len() <= RAM / 8 / PIECE_PAGES);
+        for header in [RAM as u64 - 8, u64::MAX >> 1] {
+            let (none, end) = pieces(&mut decode(1 << 63 | header).unwrap(), &mem);
+            assert!(none.is_empty() && matches!(end, Some(Refusal::Unreadable(_))));
+        }
     }
 
     proptest! {

@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+pub use hdrhistogram;
 use hdrhistogram::Histogram;
 
 use crate::sync::Mutex;

@@ -5,13 +5,14 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::iter;
 use std::ops::Range;
 use std::time::Duration;
 
 use coiommu_dtt::guest::count_limit;
 use coiommu_dtt::{Bdf, PAGE_SIZE};
 
-use super::space::{BATCH_PAGES, BLOCK_PAGES, RAM_END, Space};
+use super::space::{BATCH_PAGES, BLOCK_LEN, BLOCK_PAGES, RAM_END, Space};
 use crate::trace::{Event, Family, Segment};
 
 /// How many CPUs the guest has: what its counts stop short of.
@@ -64,7 +65,7 @@ pub(super) struct Drivers {
 }
 
 /// Map counts of a block's pages; `None`: never mapped.
-type BlockCounts = [Option<u16>; BLOCK_PAGES as usize];
+type BlockCounts = [Option<u16>; BLOCK_LEN];
 
 /// An open mapping, and those that were there before with the same key.
 #[derive(Debug)]
@@ -240,7 +241,11 @@ impl Drivers {
             for gfn in run.clone() {
                 let count = page_count(&mut self.pages, gfn);
                 if u32::from(count.unwrap_or(0)) == count_limit(CPUS) {
-                    let done: Vec<_> = self.runs[..at].iter().cloned().chain([run.start..gfn]).collect();
+                    let done: Vec<_> = self.runs[..at]
+                        .iter()
+                        .cloned()
+                        .chain(iter::once(run.start..gfn))
+                        .collect();
                     self.count_down(&done);
                     return false;
                 }
@@ -271,7 +276,7 @@ pub(super) fn endpoints() -> impl Iterator<Item = Bdf> {
 fn page_count(pages: &mut HashMap<u64, Box<BlockCounts>>, gfn: u64) -> &mut Option<u16> {
     let block = pages
         .entry(gfn / BLOCK_PAGES)
-        .or_insert_with(|| Box::new([None; BLOCK_PAGES as usize]));
+        .or_insert_with(|| Box::new([None; BLOCK_LEN]));
     // The remainder is an index of the array.
     &mut block[usize::try_from(gfn % BLOCK_PAGES).unwrap_or(0)]
 }

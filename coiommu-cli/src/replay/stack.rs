@@ -4,6 +4,7 @@
 //! of ours, and counted as a fault.
 
 use std::cell::Cell;
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -123,7 +124,7 @@ impl Stack {
             let mut next = *ticks.next.get_or_insert(now.saturating_add(ticks.interval));
             while next <= now && ticks.fruitless < ticks.enough {
                 self.pinned.advance(next);
-                let report = self.pinner.tick(self.pinner.policy().unpin_limit);
+                let report = self.pinner.tick(self.pinner.policy().unpin_limit.map(NonZeroU64::get));
                 self.pinned.set(self.pinner.pinned_pages());
                 let idle = report.full_round && report.unpinned_pages == 0 && report.aged_pages == 0;
                 ticks.fruitless = if idle { ticks.fruitless + 1 } else { 0 };

@@ -31,9 +31,9 @@ fn summary(report: &Report) -> String {
         grouped(trace.map_calls),
         grouped(trace.unmap_calls),
         grouped(trace.distinct_pages),
-        size(pages(trace.distinct_pages)),
+        bytes(trace.distinct_pages * PAGE_SIZE),
         grouped(trace.peak_mapped_pages),
-        size(pages(trace.peak_mapped_pages)),
+        bytes(trace.peak_mapped_pages * PAGE_SIZE),
         grouped(trace.final_mapped_pages),
     )
 }
@@ -54,7 +54,7 @@ fn figures(report: &Report) -> Table {
         "mappings\nat peak",
         "of\n65,535",
     ]);
-    let all = size(report.guest_memory_bytes as f64);
+    let all = bytes(report.guest_memory_bytes);
     let whole = share(1.0);
     let none = || "-".to_owned();
     let mut rows = vec![vec![
@@ -107,7 +107,7 @@ fn notes(report: &Report) -> Vec<String> {
     let trace = &report.trace;
     let mut notes = Vec::new();
     if report.memory_is_a_guess {
-        let ram = size(report.guest_memory_bytes as f64);
+        let ram = bytes(report.guest_memory_bytes);
         notes.push(format!(
             "RAM of {ram} is a guess, the highest address seen: say --memory SIZE if you know better."
         ));
@@ -157,11 +157,12 @@ fn notes(report: &Report) -> Vec<String> {
 }
 
 #[allow(clippy::cast_precision_loss, reason = "for people")]
-fn pages(pages: u64) -> f64 {
-    pages as f64 * PAGE_SIZE as f64
+fn bytes(bytes: u64) -> String {
+    size(bytes as f64)
 }
 
 /// Bytes for people.
+#[allow(clippy::cast_precision_loss, reason = "for people")]
 pub(super) fn size(bytes: f64) -> String {
     let (unit, name) = [(1_u64 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")]
         .into_iter()

@@ -1,4 +1,5 @@
-//! Tables in vm-memory's guest memory.
+//! Tables in vm-memory's guest memory. The memory must stay mapped as long as its region lives, as it does for all backends
+//! but that of vm-memory's feature `xen` with grants mapped on demand.
 //!
 //! Unsafe is needed here: vm-memory lends out one atomic at a time, bound to a slice on the stack, and checks bounds at
 //! each. A leaf table is looked up once and then used 1024 times, so it is lent out as a slice of atomics.
@@ -50,7 +51,7 @@ fn words<M: GuestMemoryBackend, A: AtomicInteger>(mem: &M, at: Gpa, count: usize
         return Err(MemoryError::Misaligned { at });
     }
     // SAFETY: vm-memory vouches that the `bytes` bytes at `first` are memory for as long as the region is borrowed, and
-    // so for as long as `mem` is; they are aligned for A (above) and hold `count` of them. An AtomicInteger is an integer
+    // so for as long as `mem` is (where a region stays mapped, see above); they are aligned for A (above) and hold `count` of them. An AtomicInteger is an integer
     // of std's atomics, for which every bit pattern is valid, and which others may write while it is borrowed, as the
     // guest does. No other kind of reference to guest memory is made anywhere.
     Ok(unsafe { slice::from_raw_parts(first, count) })

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use coiommu_dtt::{Gfn, Gpa, PAGE_SIZE};
 
-use super::unpin::{Ask, NotNow};
+use super::unpin::{Ask, Limit, NotNow};
 use super::{Clock, Pinner};
 use crate::page_set::PageSet;
 use crate::pin_map::{BlockNo, Chunk};
@@ -18,9 +18,10 @@ use crate::sync::Mutex;
 /// How many blocks one step of a forced unpin works on.
 const STEP_BLOCKS: usize = 64;
 
-/// A range that is being unpinned on demand. No page of it is pinned anew from [`Pinner::unpin`] on, and for as long as
-/// this or the [`Hold`] it ends in lives.
+/// A range that is being unpinned on demand. No page of it is pinned anew from [`Pinner::begin_unpin`] on, and for as long
+/// as this or the [`Hold`] it ends in lives.
 #[derive(Debug)]
+#[must_use = "nothing is unpinned before its steps"]
 pub struct ForcedUnpin {
     hold: Hold,
     next: BlockNo,
@@ -30,12 +31,14 @@ pub struct ForcedUnpin {
 
 /// What became of the pages of a range. The four numbers add up to the range.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct UnpinReport {
     /// Pages that were pinned and are not any more.
     pub released: u64,
     /// Pages that were not pinned.
     pub not_pinned: u64,
-    /// Pages that stay pinned: in use, in an extent with one in use, or the IOMMU refused.
+    /// Pages that stay pinned: in use, in an extent with one in use, or the IOMMU refused. Also pages that were pinned when
+    /// their RAM went, and will be again when it returns.
     pub busy: u64,
     /// Pages that stay pinned because the guest has parked unpinning.
     pub parked: u64,
@@ -125,8 +128,8 @@ impl Holds {
 
 impl<S: TableSpace> Pinner<S> {
     /// Begins to unpin a range; pages that the range has in part belong to it. Go on with
-    /// [`step_unpin`](Self::step_unpin).
-    pub fn unpin(&self, gpa: Gpa, bytes: u64, clock: &dyn Clock) -> ForcedUnpin {
+    /// [`step_unpin`](Self::step_unpin) of the same pinner.
+    pub fn begin_unpin(&self, gpa: Gpa, bytes: u64, clock: &dyn Clock) -> ForcedUnpin {
         let first = Gfn::containing(gpa);
         let last = Gfn::containing(Gpa::new(gpa.raw().saturating_add(bytes.saturating_sub(1))));
         let end = if bytes == 0 { first.raw() } else { last.raw() + 1 };
@@ -142,63 +145,72 @@ impl<S: TableSpace> Pinner<S> {
     /// Unpins the next blocks of a range.
     pub fn step_unpin(&self, mut unpin: ForcedUnpin, clock: &dyn Clock) -> UnpinStep {
         let gfns = unpin.hold.gfns.clone();
-        let mut steps = 0;
-        while let Some((no, chunk)) = self
-            .map
-            .next(unpin.next)
-            .filter(|(no, _)| intersection(&no.gfns(), &gfns).is_some())
-        {
-            if steps == STEP_BLOCKS {
-                return UnpinStep::More(unpin);
-            }
-            steps += 1;
+        let in_time = clock.now() < unpin.started.saturating_add(self.config.park_time);
+        for _ in 0..STEP_BLOCKS {
+            let next = self
+                .map
+                .next(unpin.next)
+                .filter(|(no, _)| intersection(&no.gfns(), &gfns).is_some());
+            let Some((no, chunk)) = next else {
+                return self.finish_unpin(unpin);
+            };
+            unpin.next = no;
             let pages = no.pages_in(&gfns);
             match self.unpin_in_block(no, &chunk, pages) {
                 Ok(report) => unpin.report.add(report),
-                Err(NotNow::Busy) => {
+                Err(NotNow::Parked) if in_time => return UnpinStep::Wait(unpin),
+                Err(NotNow::Parked) => unpin.report.parked += (chunk.lock(no).mapped() & pages).len(),
+                Err(NotNow::Busy) if in_time => {
                     // Wait for whoever is there, with the park guard let go, and come back.
                     drop(chunk.lock(no));
-                    unpin.next = no;
-                    continue;
+                    return UnpinStep::More(unpin);
                 }
-                Err(NotNow::Parked) if clock.now() < unpin.started + self.config.park_time => {
-                    unpin.next = no;
-                    return UnpinStep::Wait(unpin);
-                }
-                Err(NotNow::Parked) => {
-                    unpin.report.parked += (chunk.lock(no).mapped() & pages).len();
-                }
+                Err(NotNow::Busy) => unpin.report.busy += (chunk.lock(no).mapped() & pages).len(),
             }
             match no.next() {
                 Some(next) => unpin.next = next,
-                None => break,
+                None => return self.finish_unpin(unpin),
             }
         }
-        let mut report = unpin.report;
-        report.not_pinned = (gfns.end - gfns.start).saturating_sub(report.released + report.busy + report.parked);
-        UnpinStep::Done(report, report.may_be_taken().then_some(unpin.hold))
+        UnpinStep::More(unpin)
+    }
+
+    fn finish_unpin(&self, unpin: ForcedUnpin) -> UnpinStep {
+        // RAM that is just going is not remembered yet.
+        let Some(_no_region_changes) = self.changing_regions.try_lock() else {
+            return UnpinStep::More(unpin);
+        };
+        let ForcedUnpin { hold, mut report, .. } = unpin;
+        // What was in use when its RAM went will be mapped again when it returns.
+        report.busy += self.regions.read().remembered(&hold.gfns);
+        let all = hold.gfns.end - hold.gfns.start;
+        report.not_pinned = all.saturating_sub(report.released + report.busy + report.parked);
+        UnpinStep::Done(report, report.may_be_taken().then_some(hold))
     }
 
     fn unpin_in_block(&self, no: BlockNo, chunk: &Chunk, pages: PageSet) -> Result<UnpinReport, NotNow> {
         let activation = self.activation.read();
         self.try_block(no, chunk, |block| {
             let mapped = block.mapped() & pages;
-            let gone = match activation.dtt {
+            match activation.dtt {
                 Some(dtt) => {
-                    self.take(no, block, Ask::Forced(pages), None, true, dtt, &self.space.view())
-                        .gone
+                    let limit = Limit {
+                        pages: None,
+                        first_may_pass: true,
+                    };
+                    self.unpin_block(no, block, Ask::Forced(pages), limit, dtt, &self.space.view());
                 }
                 // Nobody uses what a drain could not unmap, but it is still mapped: try again.
                 None => {
                     self.drain_block(no, block, None);
-                    mapped - block.mapped()
                 }
-            };
-            self.counts.pages_unpinned_forced.add(gone.len());
-            let released = (mapped & gone).len();
+            }
+            let busy = (block.mapped() & pages).len();
+            let released = mapped.len() - busy;
+            self.counts.pages_unpinned_forced.add(released);
             UnpinReport {
                 released,
-                busy: mapped.len() - released,
+                busy,
                 ..UnpinReport::default()
             }
         })

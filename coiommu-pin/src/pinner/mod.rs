@@ -9,24 +9,28 @@
 //! | `ram.rs` | RAM that comes and goes |
 //! | `mapping.rs` | the calls of the mapper, and what to do when it disagrees with the pin map |
 //!
-//! Locks, in the order in which they are taken; none is held while waiting for a guest, for a park to end, or for another
-//! block:
+//! Locks, in the order in which they are taken. With none but the first held does anybody wait for another block; with none
+//! at all for the guest, or for a park to end.
 //!
-//! 1. `activation` (read): while the table is used; written to activate and deactivate.
-//! 2. `park` (read): while one block is unpinned. Blocks are only *tried* under it, so that whoever parks waits for one
+//! 1. `changing_regions`: while RAM comes or goes, and while draining, so that these come one after the other.
+//! 2. `stale`, then `activation` (read): while the table is used; written to activate and deactivate.
+//! 3. `park` (read): while one block is unpinned. Blocks are only *tried* under it, so that whoever parks waits for one
 //!    block's unmap at most.
-//! 3. a block: while its mappings and PINNED bits change.
-//! 4. `regions` (read), the holds, the mapper's own: looked at under a block's lock. Who changes regions or holds
-//!    changes them first, holding nothing, and then locks the blocks: a pin that looked before is over by then, a pin
+//! 4. a block: while its mappings and PINNED bits change.
+//! 5. `regions` (read), the holds, the mapper's own: looked at under a block's lock. Who changes regions or holds
+//!    changes them first, holding no block, and then locks the blocks: a pin that looked before is over by then, a pin
 //!    that locks later sees the change.
+//!
+//! The index of the pin map and the two hands are held for one look or change each, and nothing is taken with them.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 use coiommu_dtt::walk::DttError;
-use coiommu_dtt::{Bdf, Dtt, Gfn, Gpa, PAGE_SIZE};
+use coiommu_dtt::{Bdf, Dtt, Gpa, PAGE_SIZE};
 use hdrhistogram::Histogram;
 
 use crate::mapper::DmaMapper;
@@ -62,6 +66,7 @@ impl Clock for Duration {
 
 /// What a pinner is to do, and for whom.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct PinnerConfig {
     /// How to pin and unpin.
     pub policy: Policy,
@@ -69,6 +74,9 @@ pub struct PinnerConfig {
     pub endpoints: Vec<Bdf>,
     /// How long a request may take before it is cut off; guests give up after 5 s.
     pub request_time: Duration,
+    /// How long one step of a request may take before the worker looks at its other slots; one block's map calls are
+    /// waited for.
+    pub step_time: Duration,
     /// How long a request waits for RAM that went to come back.
     pub absent_time: Duration,
     /// How long a forced unpin waits for a park to end.
@@ -76,13 +84,14 @@ pub struct PinnerConfig {
 }
 
 impl PinnerConfig {
-    /// A policy and endpoints, with the times that guests are used to: 4 s, 1 s, 1 s.
+    /// A policy and endpoints, with the times that guests are used to: 4 s, steps of 20 ms, 1 s, 1 s.
     #[must_use]
     pub fn new(policy: Policy, endpoints: Vec<Bdf>) -> Self {
         Self {
             policy,
             endpoints,
             request_time: Duration::from_secs(4),
+            step_time: Duration::from_millis(20),
             absent_time: Duration::from_secs(1),
             park_time: Duration::from_secs(1),
         }
@@ -91,6 +100,7 @@ impl PinnerConfig {
 
 /// Why a pinner cannot be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum PinnerError {
     /// The IOMMU's smallest page is not 4 KiB.
     #[error("the IOMMU has no 4 KiB pages (page sizes {0:#x}), so single pages cannot be pinned")]
@@ -142,6 +152,11 @@ pub struct Pinner<S: TableSpace> {
     holds: Arc<forced::Holds>,
     /// Where the clock hand of the ticks is. Held for one read or write.
     hand: Mutex<BlockNo>,
+    /// Where room was made last. Held for one read or write.
+    room_hand: Mutex<BlockNo>,
+    /// Pages, by runs in one block, whose PINNED is to be cleared once their table is back. Held with `activation` and a
+    /// block inside; only while regions change.
+    stale: Mutex<Vec<Range<u64>>>,
     /// Full turns of the hand. A block remembers in which one it changed; off by one does not matter.
     round: AtomicU32,
     counts: Counts,
@@ -170,7 +185,9 @@ impl<S: TableSpace> Pinner<S> {
             activation: RwLock::default(),
             park: RwLock::default(),
             holds: Arc::default(),
-            hand: Mutex::new(BlockNo::of(Gfn::default())),
+            hand: Mutex::new(BlockNo::FIRST),
+            room_hand: Mutex::new(BlockNo::FIRST),
+            stale: Mutex::default(),
             round: AtomicU32::new(0),
             counts: Counts::default(),
             latency: Latency::new(),
@@ -183,8 +200,11 @@ impl<S: TableSpace> Pinner<S> {
     ///
     /// [`DttError`]: there is no table; nothing is in use then.
     pub fn activate(&self, root: Gpa, levels: u64) -> Result<(), DttError> {
-        // What could not be drained stays in the pin map and is served from it.
-        let _left = self.deactivate(Drain::Deactivate);
+        let _one_at_a_time = self.changing_regions.lock();
+        if let Err(error) = self.drain(Drain::Deactivate) {
+            // They stay in the pin map, which the new table is served from.
+            log::warn!("activated anew: {error}");
+        }
         let dtt = Dtt::new(&*self.space.view(), root, levels)?;
         let mut activation = self.activation.write();
         activation.dtt = Some(dtt);
@@ -199,21 +219,21 @@ impl<S: TableSpace> Pinner<S> {
     ///
     /// [`DrainError`] if the mapper refused to unmap something.
     pub fn deactivate(&self, drain: Drain) -> Result<(), DrainError> {
-        let _no_region_changes = self.changing_regions.lock();
+        let _one_at_a_time = self.changing_regions.lock();
+        self.drain(drain)
+    }
+
+    fn drain(&self, drain: Drain) -> Result<(), DrainError> {
         let dtt = self.activation.write().dtt.take();
         *self.park.write() = 0;
         let view = self.space.view();
         let table = dtt.filter(|_| drain == Drain::Deactivate).map(|dtt| (dtt, &*view));
         self.forget_absent(table);
-        let mut left = 0;
-        for (block, chunk) in self.map.blocks(BlockNo::of(Gfn::default())) {
-            left += self.drain_block(block, &mut chunk.lock(block), table);
+        let mut pages = 0;
+        for (block, chunk) in self.map.blocks(BlockNo::FIRST) {
+            pages += self.drain_block(block, &mut chunk.lock(block), table);
         }
-        if left == 0 {
-            Ok(())
-        } else {
-            Err(DrainError { pages: left })
-        }
+        if pages == 0 { Ok(()) } else { Err(DrainError { pages }) }
     }
 
     /// Whether there is a table in use.
@@ -268,7 +288,7 @@ impl<S: TableSpace> Pinner<S> {
     #[must_use]
     pub fn extents(&self) -> Vec<Extent> {
         let mut extents = Vec::new();
-        for (block, chunk) in self.map.blocks(BlockNo::of(Gfn::default())) {
+        for (block, chunk) in self.map.blocks(BlockNo::FIRST) {
             let here = chunk.lock(block).extents();
             extents.extend(here.map(|pages| Extent {
                 first: block.gfn(pages.start),
@@ -294,7 +314,7 @@ impl<S: TableSpace> Drop for Pinner<S> {
     fn drop(&mut self) {
         if let Err(error) = self.deactivate(Drain::Reset) {
             log::error!("{error}; the guest's memory is never freed");
-            self.regions.read().iter().for_each(|region| region.leak());
+            self.regions.read().memory().for_each(|region| region.leak());
         }
     }
 }

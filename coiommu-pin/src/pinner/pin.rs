@@ -57,51 +57,50 @@ struct Outcome {
 /// What became of a piece, in pages.
 #[derive(Debug, Default)]
 struct Piece {
+    /// How many gfns of it are done with.
+    served: usize,
     failed: u64,
     absent: u64,
     timed_out: bool,
 }
 
-/// When to stop.
+/// When to look at other slots, and when to stop.
 #[derive(Clone, Copy)]
-struct Deadline<'a> {
+struct Times<'a> {
     clock: &'a dyn Clock,
-    at: Duration,
+    pause: Duration,
+    end: Duration,
 }
 
-impl Deadline<'_> {
-    fn has_passed(&self) -> bool {
-        self.clock.now() >= self.at
+impl Times<'_> {
+    fn is_pause(&self) -> bool {
+        self.clock.now() >= self.pause
+    }
+
+    fn is_over(&self) -> bool {
+        self.clock.now() >= self.end
     }
 }
 
 impl<S: TableSpace> Pinner<S> {
-    /// Reads the request that was taken from a slot. If it is refused, answer the slot.
+    /// Begins to serve the request that was taken from a slot. `taken` is when its doorbell was seen: the request's time
+    /// runs from then. If it is refused, answer the slot.
     ///
     /// # Errors
     ///
     /// [`Refusal`].
-    pub fn begin(&self, word: RequestWord, clock: &dyn Clock) -> Result<PinRequest, Refusal> {
-        let taken = clock.now();
-        let begun = self.decode(word, taken);
+    pub fn begin(&self, word: RequestWord, taken: Duration) -> Result<PinRequest, Refusal> {
+        let activation = self.activation.read();
+        let decode = |_| PinRequest::decode(word, taken, activation.number, &self.config.endpoints);
+        let begun = activation.dtt.ok_or(Refusal::NotActive).and_then(decode);
         if begun.is_err() {
             self.counts.requests_refused.add(1);
-            self.latency.record(clock.now().saturating_sub(taken));
         }
         begun
     }
 
-    fn decode(&self, word: RequestWord, taken: Duration) -> Result<PinRequest, Refusal> {
-        let activation = self.activation.read();
-        activation.dtt.ok_or(Refusal::NotActive)?;
-        let request = PinRequest::decode(word, &*self.space.view(), taken, activation.number)?;
-        match self.config.endpoints.binary_search(&request.bdf()) {
-            Ok(_) => Ok(request),
-            Err(_) => Err(Refusal::UnknownEndpoint(request.bdf())),
-        }
-    }
-
-    /// Serves the next piece of a request. Bounded by what 4,096 map calls take, or by the request's time if that is less.
+    /// Serves the next piece of a request, for [`PinnerConfig::step_time`](super::PinnerConfig::step_time) and one block's
+    /// map calls at most.
     pub fn step(&self, request: &mut PinRequest, scratch: &mut Scratch, clock: &dyn Clock) -> Step {
         let step = self.serve_piece(request, scratch, clock);
         if let Step::Done(result) = step {
@@ -112,7 +111,7 @@ impl<S: TableSpace> Pinner<S> {
 
     /// Serves a request to its end, for callers that have nothing else to look at. RAM that is away is not waited for.
     pub fn pin(&self, word: RequestWord, scratch: &mut Scratch, clock: &dyn Clock) -> PinResult {
-        let mut request = match self.begin(word, clock) {
+        let mut request = match self.begin(word, clock.now()) {
             Ok(request) => request,
             Err(refusal) => return PinResult::Refused(refusal),
         };
@@ -139,66 +138,67 @@ impl<S: TableSpace> Pinner<S> {
     }
 
     fn serve_piece(&self, request: &mut PinRequest, scratch: &mut Scratch, clock: &dyn Clock) -> Step {
-        let deadline = Deadline {
-            clock,
-            at: request.taken + self.config.request_time,
-        };
         let activation = self.activation.read();
         let Some(dtt) = activation.dtt.filter(|_| activation.number == request.activation) else {
             return Step::Done(PinResult::Refused(Refusal::NotActive));
         };
-        if deadline.has_passed() {
+        let now = clock.now();
+        let times = Times {
+            clock,
+            pause: now.saturating_add(self.config.step_time),
+            end: request.taken.saturating_add(self.config.request_time),
+        };
+        if times.is_over() {
             return Step::Done(PinResult::TimedOut);
         }
-        let may_wait = request.waits && clock.now() < request.taken + self.config.absent_time;
+        let may_wait = request.waits && now < request.taken.saturating_add(self.config.absent_time);
         let view = self.space.view();
-        if let Err(error) = request.read_piece(&*view, scratch) {
-            return match may_wait && self.regions.read().any_absent() {
-                true => Step::Wait,
-                false => Step::Done(PinResult::Refused(Refusal::Unreadable(error))),
+        if let Err(refusal) = request.read_piece(&*view, &self.config.endpoints, scratch) {
+            let is_away = matches!(refusal, Refusal::Unreadable(_)) && self.regions.read().any_absent();
+            return if may_wait && is_away {
+                Step::Wait
+            } else {
+                Step::Done(PinResult::Refused(refusal))
             };
         }
-        scratch.sort();
-        let piece = self.pin_piece(request, scratch.piece(), dtt, &view, deadline);
+        let piece = self.pin_piece(request, scratch.piece(), dtt, &view, times);
         if piece.absent > 0 && may_wait && !piece.timed_out {
-            // The same piece again: pages that are pinned by now cost little then.
-            request.keep_piece(scratch);
+            // The same again: pages that are pinned by now cost little then.
+            request.keep_piece(scratch, 0);
             return Step::Wait;
         }
-        request.asked += scratch.piece().len() as u64;
+        request.keep_piece(scratch, piece.served);
+        request.asked += piece.served as u64;
         request.failed += piece.failed + piece.absent;
-        match (piece.timed_out, request.pages_left(), request.failed) {
+        match (piece.timed_out, request.is_served(), request.failed) {
             (true, _, _) => Step::Done(PinResult::TimedOut),
-            (false, 1.., _) => Step::More,
-            (false, 0, 0) => Step::Done(PinResult::Pinned),
-            (false, 0, _) => Step::Done(PinResult::Failed),
+            (false, false, _) => Step::More,
+            (false, true, 0) => Step::Done(PinResult::Pinned),
+            (false, true, _) => Step::Done(PinResult::Failed),
         }
     }
 
-    /// Pins the pages of a sorted piece.
-    fn pin_piece(
-        &self,
-        request: &mut PinRequest,
-        gfns: &[u64],
-        dtt: Dtt,
-        mem: &Memory<S>,
-        deadline: Deadline<'_>,
-    ) -> Piece {
+    /// Pins the pages of a sorted piece, until its end or a time's.
+    fn pin_piece(&self, request: &mut PinRequest, gfns: &[u64], dtt: Dtt, mem: &Memory<S>, times: Times<'_>) -> Piece {
         let mut piece = Piece::default();
         for same_block in gfns.chunk_by(|a, b| a / BLOCK_PAGES as u64 == b / BLOCK_PAGES as u64) {
+            if piece.served > 0 && times.is_pause() {
+                break;
+            }
+            piece.served += same_block.len();
             let Some((no, wanted)) = block_and_pages(same_block) else {
                 piece.failed += same_block.len() as u64;
                 continue;
             };
-            let mut outcome = self.pin_block(no, wanted, dtt, mem, deadline);
+            let mut outcome = self.pin_block(no, wanted, dtt, mem, times);
             if !outcome.short.is_empty() && !request.made_room && !outcome.timed_out {
                 request.made_room = true;
                 let need = Need {
                     pages: outcome.short.len(),
                     mappings: outcome.short.runs().count() as u64,
                 };
-                if self.make_room(need, dtt, mem) {
-                    let again = self.pin_block(no, outcome.short, dtt, mem, deadline);
+                if self.make_room(need, dtt, mem, &|| times.is_over()) {
+                    let again = self.pin_block(no, outcome.short, dtt, mem, times);
                     outcome.failed |= again.failed;
                     outcome.absent |= again.absent;
                     outcome.short = again.short;
@@ -216,7 +216,7 @@ impl<S: TableSpace> Pinner<S> {
     }
 
     /// Pins the wanted pages of one block.
-    fn pin_block(&self, no: BlockNo, wanted: PageSet, dtt: Dtt, mem: &Memory<S>, deadline: Deadline<'_>) -> Outcome {
+    fn pin_block(&self, no: BlockNo, wanted: PageSet, dtt: Dtt, mem: &Memory<S>, times: Times<'_>) -> Outcome {
         // Books are made for blocks with RAM only.
         let has_ram = self.regions.read().touches(&no.gfns());
         let chunk = if has_ram {
@@ -246,9 +246,9 @@ impl<S: TableSpace> Pinner<S> {
         let before = block.mapped();
         let mut outcome = self.map_pages(no, &mut block, wanted - before);
         let new = block.mapped() - before;
-        if deadline.has_passed() {
+        if times.is_over() {
             // The table may be somebody else's by now. What cannot be unmapped stays in the pin map, as it must.
-            let _refused = self.unmap_extents(no, &mut block, new);
+            let _unmapped = self.unmap_extents(no, &mut block, new);
             outcome.timed_out = true;
             return outcome;
         }
@@ -314,6 +314,9 @@ impl<S: TableSpace> Pinner<S> {
                 }
             }
         }
+        // A page that failed by itself may have come along with another's aligned piece.
+        outcome.failed -= block.mapped();
+        outcome.short -= block.mapped();
         outcome
     }
 

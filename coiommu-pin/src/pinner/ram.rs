@@ -3,7 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use coiommu_dtt::{Dtt, Gfn, Gpa, PAGE_SIZE, TableMemory};
+use coiommu_dtt::walk::WalkError;
+use coiommu_dtt::{Dtt, Gfn, Gpa, PAGE_SIZE};
 
 use super::Pinner;
 use crate::page_set::PageSet;
@@ -12,12 +13,13 @@ use crate::region::{AbsentRegion, RamRegion, RegionError};
 use crate::space::{Memory, TableSpace};
 
 impl<S: TableSpace> Pinner<S> {
-    /// RAM is there. Pages that were pinned when it went, in the same file at the same offset, are mapped again before
-    /// this returns: the guest still sees them PINNED. If something else comes to their place, their PINNED is cleared.
+    /// RAM is there, and the [`TableSpace`] shows it already. Pages that were pinned when it went, in the same file at the
+    /// same offset, are mapped again before this returns: the guest still sees them PINNED. If something else comes to
+    /// their place, their PINNED is cleared.
     ///
     /// # Errors
     ///
-    /// [`RegionError`]: nothing was changed.
+    /// [`RegionError`]: the region is not there.
     pub fn add_region(&self, region: RamRegion) -> Result<(), RegionError> {
         let _one_at_a_time = self.changing_regions.lock();
         let (gpa, bytes, gfns) = (region.gpa(), region.bytes(), region.gfns());
@@ -34,25 +36,28 @@ impl<S: TableSpace> Pinner<S> {
             return Err(RegionError::Overlaps { gpa, bytes });
         }
         // What could not be unmapped when the RAM here went is other memory: not before it is out.
-        let stuck = self.unmap_range(&gfns);
+        let stuck = self.unmap_absent(&gfns);
         if stuck > 0 {
             return Err(RegionError::Stuck { gpa, pages: stuck });
         }
         let region = Arc::new(region);
         let returning = self.regions.write().add(Arc::clone(&region));
-        for absent in returning {
-            self.bring_back(&absent, &region);
+        let lost: u64 = returning.iter().map(|absent| self.bring_back(absent, &region)).sum();
+        if lost > 0 {
+            log::warn!("{lost} pages were pinned when the RAM at {gpa} went, and are not any more");
         }
+        self.clear_stale(Vec::new());
         Ok(())
     }
 
-    /// RAM goes, which cannot be refused: when this returns, nothing of it is mapped, whoever was using it. The guest's
-    /// table is not written. What was mapped is remembered for the RAM's return.
+    /// RAM goes, which cannot be refused: when this returns, nothing of it is mapped, whoever was using it, and the
+    /// [`TableSpace`] may stop showing it. The guest's table is not written. What was mapped is remembered for the RAM's
+    /// return.
     ///
     /// # Errors
     ///
     /// [`RegionError::Unknown`] if no region is exactly there; [`RegionError::Stuck`] if the IOMMU refused to unmap some
-    /// of it: its memory is never freed by the pinner, and must not be used for anything else.
+    /// of it: the pinner keeps its memory, which must not be used for anything else.
     pub fn remove_region(&self, gpa: Gpa, bytes: u64) -> Result<(), RegionError> {
         let _one_at_a_time = self.changing_regions.lock();
         let first = gpa.raw() / PAGE_SIZE;
@@ -64,18 +69,18 @@ impl<S: TableSpace> Pinner<S> {
         } else {
             None
         };
-        let region = removed.ok_or(RegionError::Unknown { gpa, bytes })?;
-        let stuck = self.unmap_range(&gfns);
+        let forgotten = removed.ok_or(RegionError::Unknown { gpa, bytes })?;
+        let stuck = self.unmap_absent(&gfns);
+        self.clear_stale(forgotten);
         if stuck > 0 {
-            log::error!("{stuck} pages of the RAM at {gpa} cannot be unmapped; its memory is never freed");
-            region.leak();
+            log::error!("{stuck} pages of the RAM at {gpa} cannot be unmapped; its memory is kept");
             return Err(RegionError::Stuck { gpa, pages: stuck });
         }
         Ok(())
     }
 
     /// Unmaps what is mapped in a range of regions that went, and remembers it; how many pages would not go.
-    fn unmap_range(&self, gfns: &Range<u64>) -> u64 {
+    fn unmap_absent(&self, gfns: &Range<u64>) -> u64 {
         let (mut gone, mut stuck) = (Vec::new(), 0);
         let Some(first) = Gfn::new(gfns.start) else {
             return stuck;
@@ -91,7 +96,7 @@ impl<S: TableSpace> Pinner<S> {
                 continue;
             }
             let extents = block.extents();
-            let refused = self.unmap_extents(no, &mut block, going);
+            let refused = self.unmap_extents(no, &mut block, going).refused;
             stuck += refused.len();
             let start = no.gfns().start;
             gone.extend(
@@ -100,18 +105,24 @@ impl<S: TableSpace> Pinner<S> {
                     .map(|extent| start + extent.start as u64..start + extent.end as u64),
             );
         }
-        self.regions.write().remember(gone);
+        let mut regions = self.regions.write();
+        regions.remember(gone);
+        if stuck == 0 {
+            regions.let_go(gfns);
+        }
         stuck
     }
 
-    /// Maps again what was mapped in a region that went, if it is the same memory; clears its PINNED otherwise.
-    fn bring_back(&self, absent: &AbsentRegion, region: &RamRegion) {
+    /// Maps again what was mapped in a region that went, if it is the same memory; clears its PINNED otherwise. How many
+    /// pages were lost.
+    fn bring_back(&self, absent: &AbsentRegion, region: &RamRegion) -> u64 {
         let same = absent.identity.is_some() && absent.identity == region.file_identity();
-        let activation = self.activation.read();
-        let view = self.space.view();
+        let mut all_lost = Vec::new();
+        let mut pages = 0;
         for extent in &absent.extents {
-            let Some(first) = Gfn::new(extent.start) else { continue };
-            let no = BlockNo::of(first);
+            let Some(no) = Gfn::new(extent.start).map(BlockNo::of) else {
+                continue;
+            };
             let chunk = self.map.chunk_or_new(no);
             let mut block = chunk.lock(no);
             // A pin that came first has mapped what it needed; what is held stays out.
@@ -121,50 +132,70 @@ impl<S: TableSpace> Pinner<S> {
             } else {
                 PageSet::EMPTY
             };
-            let refused = self.map_again(no, &mut block, back, region);
-            let lost = (missing - back) | refused;
-            self.counts.pages_lost.add(lost.len());
-            if let Some(dtt) = activation.dtt {
-                clear_pinned(no, lost, dtt, &*view);
-            }
+            let lost = (missing - back) | self.map_again(no, &mut block, back, region);
+            pages += lost.len();
+            let start = no.gfns().start;
+            all_lost.extend(lost.runs().map(|run| start + run.start as u64..start + run.end as u64));
         }
-    }
-
-    /// Forgets what was mapped when RAM went; PINNED is cleared if a table is given.
-    pub(super) fn forget_absent(&self, table: Option<(Dtt, &Memory<S>)>) {
-        let forgotten = self.regions.write().forget_extents();
-        let Some((dtt, mem)) = table else { return };
-        for extent in forgotten {
-            let Some(no) = Gfn::new(extent.start).map(BlockNo::of) else {
-                continue;
-            };
-            if let Some(chunk) = self.map.chunk(no) {
-                let _block = chunk.lock(no);
-                clear_pinned(no, no.pages_in(&extent), dtt, mem);
-            }
-        }
+        self.counts.pages_lost.add(pages);
+        self.clear_stale(all_lost);
+        pages
     }
 
     /// Maps pages again; those that cannot be.
     fn map_again(&self, no: BlockNo, block: &mut Block, missing: PageSet, region: &RamRegion) -> PageSet {
         let mut lost = PageSet::EMPTY;
         for run in missing.runs() {
-            if let Err(error) = self.map_extent(no, block, run.clone(), region) {
-                log::warn!(
-                    "{} pages at {} cannot be mapped again: {error}",
-                    run.len(),
-                    no.gfn(run.start).gpa()
-                );
+            if self.map_extent(no, block, run.clone(), region).is_err() {
                 lost.insert(run);
             }
         }
         lost
     }
-}
 
-/// Clears PINNED on pages that are not mapped. Where there is no table, there is nobody who could see it.
-fn clear_pinned<M: TableMemory + ?Sized>(no: BlockNo, pages: PageSet, dtt: Dtt, mem: &M) {
-    if let Ok(table) = dtt.leaf_table(mem, no.gfn(0)) {
-        pages.pages().for_each(|page| table.leaf(no.gfn(page)).clear_pinned());
+    /// Clears PINNED on pages whose mappings are forgotten, and on those where it could not be done before because their
+    /// table was away.
+    fn clear_stale(&self, ranges: Vec<Range<u64>>) {
+        let mut stale = self.stale.lock();
+        stale.extend(ranges);
+        if stale.is_empty() {
+            return;
+        }
+        let activation = self.activation.read();
+        match activation.dtt {
+            Some(dtt) => {
+                let view = self.space.view();
+                stale.retain(|range| !self.clear_pinned(range, dtt, &view));
+            }
+            None => stale.clear(),
+        }
+    }
+
+    /// Forgets what was mapped when RAM went; PINNED is cleared if a table is given.
+    pub(super) fn forget_absent(&self, table: Option<(Dtt, &Memory<S>)>) {
+        let forgotten = self.regions.write().forget_extents();
+        let stale = std::mem::take(&mut *self.stale.lock());
+        if let Some((dtt, mem)) = table {
+            for range in forgotten.iter().chain(&stale) {
+                self.clear_pinned(range, dtt, mem);
+            }
+        }
+    }
+
+    /// Clears PINNED on the pages of a range, in one block, that are not mapped; false if their table is away.
+    fn clear_pinned(&self, range: &Range<u64>, dtt: Dtt, mem: &Memory<S>) -> bool {
+        let Some(no) = Gfn::new(range.start).map(BlockNo::of) else {
+            return true;
+        };
+        let chunk = self.map.chunk_or_new(no);
+        let block = chunk.lock(no);
+        let pages = no.pages_in(range) - block.mapped();
+        match dtt.leaf_table(mem, no.gfn(0)) {
+            Ok(table) => pages.pages().for_each(|page| table.leaf(no.gfn(page)).clear_pinned()),
+            Err(WalkError::Unreadable(_)) => return false,
+            // No table: nobody sees anything there.
+            Err(_) => {}
+        }
+        true
     }
 }

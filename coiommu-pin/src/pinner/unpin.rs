@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use coiommu_dtt::memory::Word32;
 use coiommu_dtt::walk::WalkError;
-use coiommu_dtt::{Dtt, Gfn, Leaf, LeafEntry, LeafTable, TableMemory};
+use coiommu_dtt::{Dtt, Leaf, LeafEntry, LeafTable, TableMemory};
 
 use super::Pinner;
 use crate::page_set::{PageSet, WORD_PAGES};
@@ -26,17 +26,24 @@ pub(super) enum Ask {
     Forced(PageSet),
 }
 
+/// How much of a block may go.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limit {
+    /// So many pages; `None`: all.
+    pub(super) pages: Option<u64>,
+    /// But for the first extent, which may be larger.
+    pub(super) first_may_pass: bool,
+}
+
 /// What became of one block.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Taken {
-    /// Pages that were unmapped.
-    pub(super) gone: PageSet,
-    /// Extents that were unmapped.
+pub(super) struct Unpinned {
+    pub(super) pages: u64,
     pub(super) extents: u64,
     /// Pages whose ACCESSED was cleared so that they may go next time.
     pub(super) aged: u64,
-    /// An extent that could have gone stays, as the budget is used up.
-    pub(super) budget_ended: bool,
+    /// An extent that could have gone stays, as the limit is reached.
+    pub(super) limit_ended: bool,
 }
 
 /// Why a block was not looked at.
@@ -57,30 +64,16 @@ pub(super) struct Need {
 
 /// What one tick did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct TickReport {
     /// Pages unmapped.
     pub unpinned_pages: u64,
     /// Pages that are not idle yet, but may be next time: their ACCESSED was cleared.
     pub aged_pages: u64,
-    /// Whether every block was passed once; otherwise the next tick goes on where this one ended.
+    /// Blocks that somebody else worked on.
+    pub passed_over: u64,
+    /// Whether every block was looked at, but for those that rest; otherwise the next tick goes on where this one ended.
     pub full_round: bool,
-}
-
-/// The pages of a block by what their leaves say.
-#[derive(Debug)]
-struct Look {
-    /// Count 0.
-    uncounted: PageSet,
-    accessed: PageSet,
-}
-
-/// Where the leaves of a block are.
-enum Leaves<'m, W> {
-    Table(LeafTable<'m, W>),
-    /// The guest has no table there, so nobody uses the pages.
-    Freed,
-    /// The table's RAM is away: anybody may use them.
-    Unreadable,
 }
 
 impl<S: TableSpace> Pinner<S> {
@@ -95,15 +88,15 @@ impl<S: TableSpace> Pinner<S> {
             *self.hand.lock() = at;
             return report;
         }
-        let first = BlockNo::of(Gfn::default());
         self.round.fetch_add(1, Relaxed);
-        let stopped = self.sweep(first, Some(start), budget, &mut report);
-        report.full_round = stopped.is_none();
+        let stopped = self.sweep(BlockNo::FIRST, Some(start), budget, &mut report);
+        report.full_round = stopped.is_none() && report.passed_over == 0;
         *self.hand.lock() = stopped.unwrap_or(start);
         report
     }
 
-    /// Ticks over the blocks of a range; the block it stopped at, if the budget ended or unpinning is parked.
+    /// Ticks over the blocks of a range; where it stopped, if not at the end: the budget ended, or there is no unpinning
+    /// now.
     fn sweep(
         &self,
         from: BlockNo,
@@ -115,29 +108,30 @@ impl<S: TableSpace> Pinner<S> {
             if to.is_some_and(|to| no >= to) {
                 break;
             }
+            let limit = Limit {
+                pages: budget.map(|budget| budget.saturating_sub(report.unpinned_pages)),
+                first_may_pass: report.unpinned_pages == 0,
+            };
             let activation = self.activation.read();
-            let dtt = activation.dtt?;
-            let left = budget.map(|budget| budget.saturating_sub(report.unpinned_pages));
-            if left == Some(0) {
+            let Some(dtt) = activation.dtt.filter(|_| limit.pages != Some(0)) else {
                 return Some(no);
-            }
-            let whole = report.unpinned_pages == 0;
-            match self.try_block(no, &chunk, |block| {
-                if block.mapped().is_empty() || is_resting(&self.config.policy, block.changed(), self.round()) {
-                    return Taken::default();
+            };
+            let work = |block: &mut Block| {
+                if is_resting(&self.config.policy, block.changed(), self.round()) {
+                    return Unpinned::default();
                 }
-                self.take(no, block, Ask::Idle, left, whole, dtt, &self.space.view())
-            }) {
-                Ok(taken) => {
-                    let gone = taken.gone.len();
-                    self.counts.pages_unpinned_idle.add(gone);
-                    report.unpinned_pages += gone;
-                    report.aged_pages += taken.aged;
-                    if taken.budget_ended {
+                self.unpin_block(no, block, Ask::Idle, limit, dtt, &self.space.view())
+            };
+            match self.try_block(no, &chunk, work) {
+                Ok(unpinned) => {
+                    self.counts.pages_unpinned_idle.add(unpinned.pages);
+                    report.unpinned_pages += unpinned.pages;
+                    report.aged_pages += unpinned.aged;
+                    if unpinned.limit_ended {
                         return Some(no);
                     }
                 }
-                Err(NotNow::Busy) => {}
+                Err(NotNow::Busy) => report.passed_over += 1,
                 Err(NotNow::Parked) => return Some(no),
             }
         }
@@ -145,21 +139,29 @@ impl<S: TableSpace> Pinner<S> {
     }
 
     /// Frees idle extents until there is room, and at least 1/64 of the mappings: first those that were not accessed
-    /// since they aged. Called with no block locked. Whether anything was freed.
-    pub(super) fn make_room(&self, need: Need, dtt: Dtt, mem: &Memory<S>) -> bool {
+    /// since they aged. Goes on where it ended the last time. Called with no block locked. Whether anything was freed.
+    pub(super) fn make_room(&self, need: Need, dtt: Dtt, mem: &Memory<S>, is_over: &dyn Fn() -> bool) -> bool {
         self.counts.reclaims.add(1);
         let mappings = need.mappings.max(self.map.mappings() / 64);
+        let start = *self.room_hand.lock();
         let (mut freed_pages, mut freed_mappings) = (0, 0);
         for ask in [Ask::IdleOnly, Ask::Uncounted] {
-            for (no, chunk) in self.map.blocks(BlockNo::of(Gfn::default())) {
-                if freed_pages >= need.pages && freed_mappings >= mappings {
-                    return true;
+            let before = self.map.blocks(BlockNo::FIRST).take_while(|(no, _)| *no < start);
+            for (no, chunk) in self.map.blocks(start).chain(before) {
+                let enough = freed_pages >= need.pages && freed_mappings >= mappings;
+                if enough || is_over() {
+                    *self.room_hand.lock() = no;
+                    return freed_pages > 0;
                 }
-                match self.try_block(no, &chunk, |block| self.take(no, block, ask, None, true, dtt, mem)) {
-                    Ok(taken) => {
-                        self.counts.pages_unpinned_for_room.add(taken.gone.len());
-                        freed_pages += taken.gone.len();
-                        freed_mappings += taken.extents;
+                let limit = Limit {
+                    pages: None,
+                    first_may_pass: true,
+                };
+                match self.try_block(no, &chunk, |block| self.unpin_block(no, block, ask, limit, dtt, mem)) {
+                    Ok(unpinned) => {
+                        self.counts.pages_unpinned_for_room.add(unpinned.pages);
+                        freed_pages += unpinned.pages;
+                        freed_mappings += unpinned.extents;
                     }
                     Err(NotNow::Busy) => {}
                     Err(NotNow::Parked) => return freed_pages > 0,
@@ -184,99 +186,156 @@ impl<S: TableSpace> Pinner<S> {
         Ok(work(&mut block))
     }
 
-    /// Takes those extents of a block that may go. `budget` is in pages; with `whole`, the first extent may pass it.
-    #[allow(clippy::too_many_arguments, reason = "one block's work, all of it needed")]
-    pub(super) fn take(
+    /// Unpins those extents of a block that may go.
+    pub(super) fn unpin_block(
         &self,
         no: BlockNo,
         block: &mut Block,
         ask: Ask,
-        budget: Option<u64>,
-        whole: bool,
+        limit: Limit,
         dtt: Dtt,
         mem: &Memory<S>,
-    ) -> Taken {
-        let mut taken = Taken::default();
-        let asked = match ask {
+    ) -> Unpinned {
+        let mut unpinned = Unpinned::default();
+        let candidates = match ask {
             Ask::Forced(pages) => block.extents_touching(pages),
             _ => block.mapped(),
         };
-        let leaves = find_leaves(no, dtt, mem);
-        if asked.is_empty() || matches!(leaves, Leaves::Unreadable) {
-            return taken;
+        if candidates.is_empty() {
+            return unpinned;
         }
-        let look = self.look(no, &leaves, asked);
+        let leaves = Leaves::find(no, dtt, mem);
+        if matches!(leaves.place, Place::Unreadable) {
+            return unpinned;
+        }
+        let look = leaves.look(candidates);
+        self.counts.leaves_looked_at.add(look.leaves);
         let free = match ask {
             Ask::Idle | Ask::IdleOnly => look.uncounted - look.accessed,
             Ask::Uncounted | Ask::Forced(_) => look.uncounted,
         };
         let clear_first = matches!(ask, Ask::Uncounted | Ask::Forced(_));
-        let mut going = PageSet::EMPTY;
-        // Most blocks of a busy guest have nothing to give: their extents are not even looked for.
-        let extents = if (free & asked).is_empty() {
-            None
-        } else {
-            Some(block.extents())
-        };
-        for extent in extents.into_iter().flatten() {
-            if !free.contains_all(extent.clone()) || !asked.contains(extent.start) {
-                continue;
-            }
-            let pages = extent.len() as u64;
-            let passes = budget.is_some_and(|budget| going.len() + pages > budget);
-            if passes && !(whole && going.is_empty()) {
-                taken.budget_ended = true;
-                break;
-            }
-            if clear_first {
-                clear_accessed(no, &leaves, look.accessed & PageSet::range(extent.clone()));
-            }
-            if swap_away(no, &leaves, extent.clone()) {
-                going.insert(extent);
-            }
-        }
+        let going;
+        (going, unpinned.limit_ended) = choose(block, &leaves, candidates & free, clear_first, limit);
         if !going.is_empty() {
-            let before = self.map.mappings();
-            let refused = self.unmap_extents(no, block, going);
-            set_pinned(no, &leaves, refused);
-            taken.gone = going - refused;
-            taken.extents = before.saturating_sub(self.map.mappings());
+            let unmapped = self.unmap_extents(no, block, going);
+            leaves.set_pinned(unmapped.refused);
+            unpinned.pages = (going - unmapped.refused).len();
+            unpinned.extents = unmapped.extents;
         }
         if matches!(ask, Ask::Idle) {
             let aging = look.accessed & block.mapped();
-            clear_accessed(no, &leaves, aging);
-            taken.aged = aging.len();
+            leaves.clear_accessed(aging);
+            unpinned.aged = aging.len();
         }
-        taken
+        unpinned
     }
 
-    /// Takes everything of a block out of the IOMMU, whatever its users; PINNED is cleared first if a table is given.
-    /// The pages that the mapper refuses to unmap.
+    /// Takes everything of a block out of the IOMMU, whatever its users; PINNED is cleared first if a table is given. How
+    /// many pages the mapper refuses to unmap.
     pub(super) fn drain_block(&self, no: BlockNo, block: &mut Block, table: Option<(Dtt, &Memory<S>)>) -> u64 {
         let mapped = block.mapped();
         if mapped.is_empty() {
             return 0;
         }
-        if let Some(Leaves::Table(table)) = table.map(|(dtt, mem)| find_leaves(no, dtt, mem)) {
-            mapped.pages().for_each(|page| table.leaf(no.gfn(page)).clear_pinned());
+        if let Some((dtt, mem)) = table {
+            Leaves::find(no, dtt, mem).clear_pinned(mapped);
         }
         // What is refused stays in the pin map, and PINNED stays clear: the table is given up.
-        self.unmap_extents(no, block, mapped).len()
+        self.unmap_extents(no, block, mapped).refused.len()
+    }
+}
+
+/// Whether a block is passed over in this round: old ones are looked at once in so many rounds.
+fn is_resting(policy: &Policy, changed: u32, round: u32) -> bool {
+    let threshold = policy.unpin_gen_threshold;
+    let age = round.wrapping_sub(changed);
+    threshold != 0 && age >= threshold && !age.is_multiple_of(threshold)
+}
+
+/// Swaps PINNED away from those extents of a block whose pages are all `free`, up to the limit; the pages from which it
+/// is gone, and whether the limit ended it.
+fn choose<W: Word32>(
+    block: &Block,
+    leaves: &Leaves<'_, W>,
+    free: PageSet,
+    clear_first: bool,
+    limit: Limit,
+) -> (PageSet, bool) {
+    let mut going = PageSet::EMPTY;
+    if free.is_empty() {
+        // Most blocks of a busy guest have nothing to give: their extents are not even looked for.
+        return (going, false);
+    }
+    for extent in block.extents().filter(|extent| free.contains_all(extent.clone())) {
+        let passes = limit
+            .pages
+            .is_some_and(|pages| going.len() + extent.len() as u64 > pages);
+        if passes && !(limit.first_may_pass && going.is_empty()) {
+            return (going, true);
+        }
+        if leaves.swap_away(extent.clone(), clear_first) {
+            going.insert(extent);
+        }
+    }
+    (going, false)
+}
+
+/// The leaves of one block. Used under its lock.
+struct Leaves<'m, W> {
+    no: BlockNo,
+    place: Place<'m, W>,
+}
+
+enum Place<'m, W> {
+    Table(LeafTable<'m, W>),
+    /// The guest has no table there, so nobody uses the pages.
+    Freed,
+    /// The table's RAM is away: anybody may use them.
+    Unreadable,
+}
+
+/// The pages of a block by what their leaves say.
+#[derive(Debug)]
+struct Look {
+    /// Count 0.
+    uncounted: PageSet,
+    accessed: PageSet,
+    /// How many leaves were looked at.
+    leaves: u64,
+}
+
+impl<'m, W: Word32> Leaves<'m, W> {
+    fn find<M: TableMemory<U32 = W> + ?Sized>(no: BlockNo, dtt: Dtt, mem: &'m M) -> Self {
+        let place = match dtt.leaf_table(mem, no.gfn(0)) {
+            Ok(table) => Place::Table(table),
+            Err(WalkError::NotPresent { .. } | WalkError::Beyond { .. }) => Place::Freed,
+            Err(WalkError::Unreadable(_)) => Place::Unreadable,
+        };
+        Self { no, place }
     }
 
-    /// Reads the leaves of some pages of a block.
-    fn look<W: Word32>(&self, no: BlockNo, leaves: &Leaves<'_, W>, pages: PageSet) -> Look {
-        let Leaves::Table(table) = leaves else {
-            return Look {
-                uncounted: PageSet::ALL,
-                accessed: PageSet::EMPTY,
-            };
+    /// The leaves of some pages, if there is a table.
+    fn of(&self, pages: PageSet) -> impl Iterator<Item = Leaf<'m, W>> {
+        let table = match self.place {
+            Place::Table(table) => Some(table),
+            Place::Freed | Place::Unreadable => None,
         };
+        let no = self.no;
+        table
+            .into_iter()
+            .flat_map(move |table| pages.pages().map(move |page| table.leaf(no.gfn(page))))
+    }
+
+    /// Reads the leaves of some pages; of 64 at a time, if one of them is asked for.
+    fn look(&self, pages: PageSet) -> Look {
         let mut look = Look {
-            uncounted: PageSet::EMPTY,
+            uncounted: PageSet::ALL,
             accessed: PageSet::EMPTY,
+            leaves: 0,
         };
-        let first = no.gfn(0).leaf_index();
+        let Place::Table(table) = &self.place else { return look };
+        let first = self.no.gfn(0).leaf_index();
         for (at, words) in table
             .words()
             .get(first..)
@@ -295,51 +354,44 @@ impl<S: TableSpace> Pinner<S> {
             }
             look.uncounted.set_word(at, uncounted);
             look.accessed.set_word(at, accessed);
-            self.counts.leaves_looked_at.add(u64::from(pages.word(at).count_ones()));
+            look.leaves += u64::from(pages.word(at).count_ones());
         }
         look
     }
-}
 
-/// Whether a block is passed over in this round: old ones are looked at once in so many rounds.
-fn is_resting(policy: &Policy, changed: u32, round: u32) -> bool {
-    let threshold = policy.unpin_gen_threshold;
-    let age = round.wrapping_sub(changed);
-    threshold != 0 && age >= threshold && !age.is_multiple_of(threshold)
-}
-
-fn find_leaves<'m, M: TableMemory + ?Sized>(no: BlockNo, dtt: Dtt, mem: &'m M) -> Leaves<'m, M::U32> {
-    match dtt.leaf_table(mem, no.gfn(0)) {
-        Ok(table) => Leaves::Table(table),
-        Err(WalkError::NotPresent { .. } | WalkError::Beyond { .. }) => Leaves::Freed,
-        Err(WalkError::Unreadable(_)) => Leaves::Unreadable,
-    }
-}
-
-/// Swaps PINNED away on each page of an extent; if one refuses, none is.
-fn swap_away<W: Word32>(no: BlockNo, leaves: &Leaves<'_, W>, extent: Range<usize>) -> bool {
-    let Leaves::Table(table) = leaves else { return true };
-    let refused = extent
-        .clone()
-        .find(|&page| table.leaf(no.gfn(page)).try_unpin().is_err());
-    match refused {
-        None => true,
-        Some(refused) => {
-            set_pinned(no, leaves, PageSet::range(extent.start..refused));
-            false
+    /// Swaps PINNED away on each page of an extent; if one refuses, on none. With `clear_first`, ACCESSED does not count.
+    fn swap_away(&self, extent: Range<usize>, clear_first: bool) -> bool {
+        let swap = |leaf: &Leaf<'_, W>| {
+            if clear_first {
+                leaf.clear_accessed();
+            }
+            match leaf.try_unpin() {
+                // Mapped and unmapped in between: only a count may refuse.
+                Err(entry) if clear_first && entry.count() == 0 => {
+                    leaf.clear_accessed();
+                    leaf.try_unpin().is_ok()
+                }
+                result => result.is_ok(),
+            }
+        };
+        let swapped = self.of(PageSet::range(extent.clone())).take_while(swap).count();
+        if matches!(self.place, Place::Table(_)) && swapped < extent.len() {
+            self.set_pinned(PageSet::range(extent.start..extent.start + swapped));
+            return false;
         }
+        true
     }
-}
 
-fn set_pinned<W: Word32>(no: BlockNo, leaves: &Leaves<'_, W>, pages: PageSet) {
-    if let Leaves::Table(table) = leaves {
-        pages.pages().for_each(|page| table.leaf(no.gfn(page)).set_pinned());
+    fn set_pinned(&self, pages: PageSet) {
+        self.of(pages).for_each(Leaf::set_pinned);
     }
-}
 
-fn clear_accessed<W: Word32>(no: BlockNo, leaves: &Leaves<'_, W>, pages: PageSet) {
-    if let Leaves::Table(table) = leaves {
-        pages.pages().for_each(|page| table.leaf(no.gfn(page)).clear_accessed());
+    fn clear_pinned(&self, pages: PageSet) {
+        self.of(pages).for_each(Leaf::clear_pinned);
+    }
+
+    fn clear_accessed(&self, pages: PageSet) {
+        self.of(pages).for_each(Leaf::clear_accessed);
     }
 }
 

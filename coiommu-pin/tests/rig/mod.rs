@@ -49,7 +49,7 @@ impl Clock for TestClock {
 
 /// Table pages from [`TABLES`] up.
 #[derive(Debug)]
-pub struct Pages(AtomicU64);
+pub struct Pages(pub AtomicU64);
 
 impl TablePages for Pages {
     fn alloc(&self) -> Option<Gpa> {
@@ -149,6 +149,12 @@ impl Rig {
             .load()
     }
 
+    /// Where the first region's pages are in this process.
+    pub fn memory_at(&self, page: u64) -> *mut u8 {
+        use vm_memory::{GuestMemoryRegion, MemoryRegionAddress};
+        self.ram[0].get_host_address(MemoryRegionAddress(page * PAGE)).unwrap()
+    }
+
     pub fn is_pinned(&self, page: u64) -> bool {
         self.leaf(page).contains(LeafEntry::PINNED)
     }
@@ -203,7 +209,7 @@ impl Rig {
     /// Forced unpin to its end, with time passing while it is parked.
     pub fn force(&self, pages: &Range<u64>) -> (coiommu_pin::pinner::UnpinReport, Option<coiommu_pin::pinner::Hold>) {
         use coiommu_pin::pinner::UnpinStep;
-        let mut unpin = self.pinner.unpin(
+        let mut unpin = self.pinner.begin_unpin(
             Gpa::new(pages.start * PAGE),
             (pages.end - pages.start) * PAGE,
             &self.clock,

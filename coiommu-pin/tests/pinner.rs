@@ -1,0 +1,549 @@
+//! The pinner's rules one by one: time, room, anomalies, RAM that comes and goes.
+
+mod rig;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use coiommu_dtt::{Bdf, Gpa, RequestWord};
+use coiommu_pin::pinner::{Clock, Drain, PinResult, Pinner, PinnerConfig, PinnerError, Step, UnpinStep};
+use coiommu_pin::region::RegionError;
+use coiommu_pin::request::{Refusal, Scratch};
+use coiommu_pin::{Backing, DmaMapper, Limits, MapError, RamRegion};
+use coiommu_vfio::{Call, SoftIommu};
+use rig::{PAGE, RAM, Rig, gfn};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn extents(pairs: &[(u64, u64)]) -> BTreeMap<u64, u64> {
+    pairs.iter().copied().collect()
+}
+
+/// A clock that goes on by itself at every look.
+struct Hasty(AtomicU64, Duration);
+
+impl Clock for Hasty {
+    fn now(&self) -> Duration {
+        self.1 * u32::try_from(self.0.fetch_add(1, Ordering::Relaxed)).unwrap()
+    }
+}
+
+#[test]
+fn requests_that_make_no_sense_are_refused_and_counted() {
+    let mut rig = Rig::new("");
+    let unknown = Bdf::new(0x30).unwrap();
+    let pin = |rig: &mut Rig, word| rig.pinner.pin(word, &mut rig.scratch, &rig.clock);
+    let word = RequestWord::page(gfn(1), unknown).unwrap();
+    assert_eq!(
+        pin(&mut rig, word),
+        PinResult::Refused(Refusal::UnknownEndpoint(unknown))
+    );
+    let nowhere = RequestWord::batch(Gpa::new(0x7_0000_0000)).unwrap();
+    assert!(matches!(
+        pin(&mut rig, nowhere),
+        PinResult::Refused(Refusal::Unreadable(_))
+    ));
+    assert_eq!(
+        rig.request(&[]),
+        PinResult::Pinned,
+        "nothing is asked for, nothing is missing"
+    );
+    rig::drain(&rig);
+    assert_eq!(rig.request(&[1]), PinResult::Refused(Refusal::NotActive));
+    assert_eq!(rig.pinner.counters().requests_refused, 3);
+    assert_eq!(rig.pinner.mappings(), 0);
+}
+
+#[test]
+fn a_request_of_an_earlier_activation_is_not_served_from_the_next() {
+    let mut rig = Rig::new("");
+    let mut request = rig.pinner.begin(rig.word(&[1]), rig.clock.now()).unwrap();
+    rig.pinner.activate(rig.guest.dtt().root(), 4).unwrap();
+    let step = rig.pinner.step(&mut request, &mut rig.scratch, &rig.clock);
+    assert_eq!(step, Step::Done(PinResult::Refused(Refusal::NotActive)));
+    assert_eq!(rig.pinner.mappings(), 0);
+}
+
+#[test]
+fn a_request_that_takes_too_long_is_cut_off_and_leaves_no_half_page() {
+    let mut rig = Rig::new("extent=page");
+    let mut request = rig
+        .pinner
+        .begin(rig.word(&[1, 320, 600, 1600]), Duration::ZERO)
+        .unwrap();
+    let clock = Hasty(AtomicU64::new(0), SECOND / 2);
+    let result = loop {
+        if let Step::Done(result) = rig.pinner.step(&mut request, &mut rig.scratch, &clock) {
+            break result;
+        }
+    };
+    assert_eq!(result, PinResult::TimedOut);
+    rig.check_books();
+    let pinned: Vec<_> = (0..)
+        .zip(rig.leaves())
+        .filter(|(_, leaf)| leaf.bits() != 0)
+        .map(|(page, _)| page)
+        .collect();
+    assert_eq!(rig.mapped_pages(), pinned);
+    assert!(pinned.len() < 4);
+    assert_eq!(rig.pinner.counters().requests_timed_out, 1);
+}
+
+#[test]
+fn a_map_call_that_ends_after_the_time_is_taken_back() {
+    let mut rig = Rig::new("");
+    let word = rig.word(&[1, 2, 3]);
+    let mut request = rig.pinner.begin(word, Duration::ZERO).unwrap();
+    let clock = Arc::new(Mutex::new(Duration::ZERO));
+    struct Shared(Arc<Mutex<Duration>>);
+    impl Clock for Shared {
+        fn now(&self) -> Duration {
+            *self.0.lock().unwrap()
+        }
+    }
+    let slow = Arc::clone(&clock);
+    rig.iommu.inject(move |_| {
+        *slow.lock().unwrap() = SECOND * 5;
+        None
+    });
+    let step = rig.pinner.step(&mut request, &mut rig.scratch, &Shared(clock));
+    assert_eq!(step, Step::Done(PinResult::TimedOut));
+    assert_eq!((rig.iommu.calls().map, rig.iommu.mappings()), (1, 0));
+    assert!(
+        rig.leaves().iter().all(|leaf| leaf.bits() == 0),
+        "the table is not written any more"
+    );
+}
+
+#[test]
+fn a_long_batch_lets_other_slots_be_looked_at() {
+    let mut rig = Rig::new("extent=page");
+    let pages: Vec<_> = (0..300).chain(310..1100).collect();
+    let mut request = rig.pinner.begin(rig.word(&pages), Duration::ZERO).unwrap();
+    let clock = Hasty(AtomicU64::new(0), Duration::from_millis(12));
+    let mut steps = 1;
+    while rig.pinner.step(&mut request, &mut rig.scratch, &clock) == Step::More {
+        // Another request in between, with the same scratch.
+        assert_eq!(rig.request(&[1600]), PinResult::Pinned);
+        steps += 1;
+    }
+    assert_eq!(steps, 3, "one a block");
+    assert_eq!(rig.pinner.pinned_pages(), 300 + 790 + 1);
+    assert_eq!(rig.pinner.counters().pages_asked, 300 + 790 + 2);
+}
+
+#[test]
+fn one_bad_page_does_not_spoil_the_others() {
+    let mut rig = Rig::new("extent=run");
+    rig.iommu.inject(|call| match *call {
+        Call::Map { iova, len } if (iova..iova + len).contains(&(17 * PAGE)) => Some(MapError::Fault),
+        _ => None,
+    });
+    let pages: Vec<_> = (10..20).collect();
+    assert_eq!(rig.request(&pages), PinResult::Failed);
+    assert_eq!(rig.mapped_pages(), [10, 11, 12, 13, 14, 15, 16, 18, 19]);
+    assert!(!rig.is_pinned(17) && rig.is_pinned(19));
+    assert_eq!(rig.pinner.counters().pages_failed, 1);
+}
+
+#[test]
+fn an_aligned_piece_that_cannot_be_mapped_is_tried_as_a_run() {
+    let mut rig = Rig::new("extent=aligned=64k");
+    rig.iommu
+        .inject(|call| matches!(call, Call::Map { len, .. } if *len > 2 * PAGE).then_some(MapError::Fault));
+    assert_eq!(rig.request(&[20, 21]), PinResult::Pinned);
+    assert_eq!(rig.extents(), extents(&[(20, 2)]));
+    rig.iommu.inject_nothing();
+    assert_eq!(rig.request(&[24]), PinResult::Pinned);
+    assert_eq!(
+        rig.extents(),
+        extents(&[(20, 2), (22, 10)]),
+        "as far as it is not mapped"
+    );
+    assert!(rig.is_pinned(30), "speculative pages are PINNED too");
+    assert_eq!(rig.request(&[299, 310]), PinResult::Pinned);
+    assert_eq!(
+        rig.extents(),
+        extents(&[(20, 2), (22, 10), (288, 12), (310, 10)]),
+        "no extent crosses a hole"
+    );
+}
+
+#[test]
+fn neighbours_that_go_together_go_in_one_call() {
+    let mut rig = Rig::new("extent=page");
+    let pages: Vec<_> = (0..100).collect();
+    assert!(rig.map(&pages));
+    assert!(rig.map(&[50]));
+    rig.unmap(&pages);
+    rig.pinner.tick(None);
+    assert_eq!(rig.iommu.calls().unmap, 0, "they were accessed");
+    let report = rig.pinner.tick(None);
+    assert_eq!((report.unpinned_pages, report.full_round), (99, true));
+    assert_eq!(rig.iommu.calls().unmap, 2, "before and after the one that stays");
+    rig.unmap(&[50]);
+    assert_eq!(rig.pinner.tick(None).unpinned_pages, 1);
+}
+
+#[test]
+fn one_extent_that_cannot_be_unmapped_does_not_keep_its_neighbours() {
+    let mut rig = Rig::new("extent=page");
+    assert_eq!(rig.request(&[1, 2, 3]), PinResult::Pinned);
+    rig.iommu.inject(|call| match *call {
+        Call::Unmap { iova, len } if (iova..iova + len).contains(&(2 * PAGE)) => Some(MapError::Other(5)),
+        _ => None,
+    });
+    assert_eq!(rig.pinner.tick(None).unpinned_pages, 2);
+    assert_eq!(rig.mapped_pages(), [2]);
+    assert!(rig.is_pinned(2), "what stays mapped is PINNED again");
+    assert_eq!(rig.pinner.deactivate(Drain::Reset).unwrap_err().pages, 1);
+    rig.iommu.inject_nothing();
+    rig.pinner.deactivate(Drain::Reset).unwrap();
+    assert_eq!(rig.iommu.mappings(), 0);
+}
+
+#[test]
+fn a_tick_stops_at_its_budget_and_the_next_goes_on() {
+    let mut rig = Rig::new("extent=page");
+    let pages: Vec<_> = (0..10).chain(600..610).chain(1600..1610).collect();
+    assert_eq!(rig.request(&pages), PinResult::Pinned);
+    let mut unpinned = Vec::new();
+    while rig.pinner.pinned_pages() > 0 {
+        unpinned.push(rig.pinner.tick(Some(7)).unpinned_pages);
+    }
+    assert_eq!(unpinned, [7, 7, 7, 7, 2]);
+    let mut rig = Rig::new("extent=run");
+    assert_eq!(rig.request(&pages), PinResult::Pinned);
+    assert_eq!(
+        rig.pinner.tick(Some(7)).unpinned_pages,
+        10,
+        "an extent goes whole, be it larger than the budget"
+    );
+}
+
+#[test]
+fn blocks_where_nothing_changes_are_looked_at_less_often() {
+    let mut rig = Rig::new("extent=page,unpin_gen_threshold=4");
+    assert!(rig.map(&(0..100).collect::<Vec<_>>()));
+    let looked_at: Vec<_> = (0..13)
+        .map(|_| {
+            let before = rig.pinner.counters().leaves_looked_at;
+            rig.pinner.tick(None);
+            rig.pinner.counters().leaves_looked_at - before
+        })
+        .collect();
+    assert_eq!(looked_at, [100, 100, 100, 100, 100, 0, 0, 0, 100, 0, 0, 0, 100]);
+    assert!(rig.map(&[200]), "a new extent makes its block young");
+    rig.pinner.tick(None);
+    rig.pinner.tick(None);
+    assert_eq!(rig.pinner.counters().leaves_looked_at, 101 * 2 + 700);
+}
+
+#[test]
+fn room_is_made_of_idle_pages_those_that_aged_first() {
+    let mut rig = Rig::new("extent=page");
+    rig.iommu.set_entry_limit(Some(4));
+    assert!(rig.map(&[1, 2, 600, 700]));
+    rig.unmap(&[2, 600]);
+    // 2 and 600 age; then 2 is used again for a moment.
+    rig.pinner.tick(None);
+    assert!(rig.map(&[2]));
+    rig.unmap(&[2]);
+    assert!(rig.map(&[1700]));
+    assert_eq!(rig.mapped_pages(), [1, 2, 700, 1700], "600 was idle longer");
+    assert!(rig.map(&[1701]));
+    assert_eq!(rig.mapped_pages(), [1, 700, 1700, 1701], "2 is idle all the same");
+    assert!(!rig.map(&[1702]), "everything is in use");
+    rig.unmap(&[700]);
+    rig.pinner.park();
+    assert!(!rig.map(&[1702]), "no room is made while parked");
+    rig.pinner.unpark();
+    assert!(rig.map(&[1702]));
+    assert_eq!(rig.pinner.counters().pages_unpinned_for_room, 3);
+}
+
+#[test]
+fn making_room_frees_a_sixty_fourth_of_the_mappings() {
+    let mut rig = Rig::new("extent=page");
+    rig.iommu.set_entry_limit(Some(640));
+    let pages: Vec<_> = (310..950).collect();
+    assert!(rig.map(&pages));
+    rig.unmap(&pages);
+    let reclaims = rig.pinner.counters().reclaims;
+    assert!(rig.map(&[1600]));
+    assert_eq!(rig.pinner.counters().reclaims, reclaims + 1);
+    assert!(rig.pinner.counters().pages_unpinned_for_room >= 10);
+}
+
+#[test]
+fn a_quota_is_kept_and_room_made_within_it() {
+    let mut rig = Rig::new("extent=run,quota=64k");
+    assert!(rig.map(&(0..10).collect::<Vec<_>>()));
+    assert!(!rig.map(&(20..30).collect::<Vec<_>>()));
+    rig.unmap(&(0..10).collect::<Vec<_>>());
+    assert!(rig.map(&(20..30).collect::<Vec<_>>()));
+    assert_eq!(rig.extents(), extents(&[(20, 10)]));
+    assert!(!rig.map(&(600..617).collect::<Vec<_>>()), "more than the quota at once");
+}
+
+#[test]
+fn what_was_mapped_behind_our_back_is_unmapped_and_counted() {
+    let mut rig = Rig::new("extent=run");
+    let hva = std::ptr::NonNull::new(rig.memory_at(3)).unwrap();
+    // SAFETY: the rig's RAM lives longer than the mapping, which the pinner replaces below.
+    #[allow(unsafe_code, reason = "to do what nobody should")]
+    unsafe {
+        rig.iommu.map(3 * PAGE, Backing { hva, file: None }, PAGE).unwrap();
+    }
+    assert_eq!(rig.request(&[2, 3, 4]), PinResult::Pinned);
+    assert_eq!(rig.extents(), extents(&[(2, 3)]));
+    rig.check_books();
+    assert_eq!(rig.pinner.counters().anomalies, 1);
+}
+
+#[test]
+fn what_was_unmapped_behind_our_back_is_forgotten_and_counted() {
+    let mut rig = Rig::new("extent=page");
+    assert_eq!(rig.request(&[1, 2, 3]), PinResult::Pinned);
+    rig.iommu.unmap(2 * PAGE, PAGE).unwrap();
+    assert_eq!(rig.pinner.tick(None).unpinned_pages, 3);
+    rig.check_books();
+    assert_eq!(rig.pinner.counters().anomalies, 1);
+}
+
+#[test]
+fn parking_nests_and_stops_ticks_and_forced_unpins() {
+    let mut rig = Rig::new("extent=page");
+    assert_eq!(rig.request(&[1]), PinResult::Pinned);
+    rig.pinner.park();
+    rig.pinner.park();
+    rig.pinner.unpark();
+    assert_eq!(rig.pinner.tick(None).unpinned_pages, 0);
+    let started = rig.clock.now();
+    let (report, hold) = rig.force(&(0..4));
+    assert_eq!((report.parked, report.not_pinned, hold.is_none()), (1, 3, true));
+    assert!(rig.clock.now() - started >= SECOND, "it waits for the park to end");
+    let unpin = rig.pinner.begin_unpin(Gpa::new(PAGE), PAGE, &rig.clock);
+    let UnpinStep::Wait(unpin) = rig.pinner.step_unpin(unpin, &rig.clock) else {
+        panic!("it does not wait")
+    };
+    rig.pinner.unpark();
+    let UnpinStep::Done(report, Some(_hold)) = rig.pinner.step_unpin(unpin, &rig.clock) else {
+        panic!("not done")
+    };
+    assert_eq!(report.released, 1);
+    rig.pinner.unpark();
+    rig.pinner.unpark();
+}
+
+#[test]
+fn a_held_range_is_not_pinned_until_it_is_let_go() {
+    let mut rig = Rig::new("extent=aligned=2m");
+    assert!(rig.map(&[5]));
+    let (report, hold) = rig.force(&(4..6));
+    assert_eq!((report.busy, hold.is_none()), (2, true), "the whole extent is in use");
+    rig.unmap(&[5]);
+    let (report, hold) = rig.force(&(4..6));
+    assert_eq!((report.released, report.may_be_taken()), (2, true));
+    assert_eq!(rig.iommu.mapped_bytes(), 0, "extents go whole");
+    assert!(!rig.map(&[5]), "a held page is answered with PINNED clear");
+    assert!(rig.map(&[7]));
+    assert_eq!(
+        rig.extents(),
+        extents(&[(6, 294)]),
+        "no extent reaches into what is held"
+    );
+    drop(hold);
+    assert!(rig.map(&[5]));
+    assert_eq!(rig.extents(), extents(&[(0, 6), (6, 294)]));
+}
+
+#[test]
+fn a_tick_goes_by_the_table_a_drain_does_not() {
+    let mut rig = Rig::new("");
+    assert!(rig.map(&[1]));
+    rig.pinner.deactivate(Drain::Reset).unwrap();
+    assert_eq!(rig.iommu.mappings(), 0);
+    assert!(rig.is_pinned(1), "a reset does not write the table");
+    rig.pinner.activate(rig.guest.dtt().root(), 4).unwrap();
+    assert_eq!(
+        rig.request(&[1]),
+        PinResult::Pinned,
+        "PINNED is a message: the pin map says that it is not"
+    );
+    rig::drain(&rig);
+    assert!(!rig.is_pinned(1), "a DEACTIVATE clears it");
+}
+
+#[test]
+fn ram_that_goes_and_returns_is_mapped_again() {
+    let mut rig = Rig::new("extent=run");
+    assert!(rig.map(&[320, 321, 322, 600]));
+    let before = rig.extents();
+    rig.remove(1).unwrap();
+    assert_eq!(rig.iommu.mappings(), 0);
+    assert!(rig.is_pinned(320), "the table is not written");
+    let (report, hold) = rig.force(&(310..330));
+    assert_eq!((report.busy, hold.is_none()), (3, true), "it will be mapped again");
+    rig.add(&Arc::clone(&rig.ram[1])).unwrap();
+    assert_eq!(rig.extents(), before);
+    rig.remove(1).unwrap();
+    rig.add(&rig::ram(&RAM[1])).unwrap();
+    assert_eq!(rig.iommu.mappings(), 0, "other memory");
+    assert!(!rig.is_pinned(320) && !rig.is_pinned(600));
+    assert_eq!(rig.pinner.counters().pages_lost, 4);
+}
+
+#[test]
+fn a_request_for_ram_that_went_waits_a_second() {
+    let mut rig = Rig::new("extent=run");
+    rig.remove(1).unwrap();
+    let word = rig.word(&[1, 320]);
+    let mut request = rig.pinner.begin(word, rig.clock.now()).unwrap();
+    for _ in 0..3 {
+        assert_eq!(rig.pinner.step(&mut request, &mut rig.scratch, &rig.clock), Step::Wait);
+        assert_eq!(rig.mapped_pages(), [1]);
+        rig.clock.pass(SECOND / 4);
+        // Nothing of it is left in the scratch.
+        assert_eq!(rig.request(&[2]), PinResult::Pinned);
+        rig.pinner.tick(None);
+        rig.request(&[1]);
+        rig.pinner.tick(None);
+        rig.request(&[1]);
+        assert_eq!(rig.force(&(2..3)).0.not_pinned, 1);
+    }
+    rig.add(&Arc::clone(&rig.ram[1])).unwrap();
+    assert_eq!(
+        rig.pinner.step(&mut request, &mut rig.scratch, &rig.clock),
+        Step::Done(PinResult::Pinned)
+    );
+    assert!(rig.is_pinned(320));
+    rig.remove(1).unwrap();
+    let mut request = rig.pinner.begin(rig.word(&[1, 321]), rig.clock.now()).unwrap();
+    assert_eq!(rig.pinner.step(&mut request, &mut rig.scratch, &rig.clock), Step::Wait);
+    rig.clock.pass(SECOND);
+    assert_eq!(
+        rig.pinner.step(&mut request, &mut rig.scratch, &rig.clock),
+        Step::Done(PinResult::Failed)
+    );
+    assert_eq!(
+        rig.request(&[305]),
+        PinResult::Failed,
+        "what never was RAM is not waited for"
+    );
+}
+
+#[test]
+fn regions_are_checked_when_they_come_and_go() {
+    let iommu = SoftIommu::builder().iova_ranges([0..=(1 << 24) - 1]).build();
+    let rig = Rig::with_iommu("", iommu);
+    let region = |gfns: Range<u64>| rig::ram(&gfns);
+    assert!(matches!(rig.add(&region(299..310)), Err(RegionError::Overlaps { .. })));
+    assert!(matches!(
+        rig.add(&region(4000..4100)),
+        Err(RegionError::OutsideIommu { .. })
+    ));
+    rig.add(&region(300..310)).unwrap();
+    assert!(matches!(
+        rig.pinner.remove_region(Gpa::new(0), 299 * PAGE),
+        Err(RegionError::Unknown { .. })
+    ));
+    assert!(matches!(
+        rig.pinner.remove_region(Gpa::new(1), PAGE),
+        Err(RegionError::Unknown { .. })
+    ));
+    rig.remove(0).unwrap();
+    assert!(matches!(rig.remove(0), Err(RegionError::Unknown { .. })));
+}
+
+#[test]
+fn ram_that_cannot_be_unmapped_keeps_its_memory_and_its_place() {
+    let mut rig = Rig::new("");
+    assert_eq!(rig.request(&[320]), PinResult::Pinned);
+    rig.iommu.fail_next_unmaps(10, MapError::Other(5));
+    assert!(matches!(rig.remove(1), Err(RegionError::Stuck { pages: 1, .. })));
+    assert_eq!(rig.request(&[321]), PinResult::Failed);
+    let other = rig::ram(&RAM[1]);
+    assert!(matches!(rig.add(&other), Err(RegionError::Stuck { .. })));
+    rig.iommu.inject_nothing();
+    rig.add(&other).unwrap();
+    assert_eq!(rig.iommu.mappings(), 0);
+    assert_eq!(rig.request(&[320]), PinResult::Pinned);
+}
+
+#[test]
+fn a_pinner_that_is_dropped_leaves_nothing_mapped() {
+    let mut rig = Rig::new("extent=page");
+    assert_eq!(rig.request(&[1, 2, 600]), PinResult::Pinned);
+    let iommu = Arc::clone(&rig.iommu);
+    drop(rig);
+    assert_eq!(iommu.mappings(), 0);
+}
+
+#[test]
+fn an_iommu_without_small_pages_is_refused() {
+    let iommu = SoftIommu::builder()
+        .page_sizes(std::num::NonZeroU64::new(1 << 16).unwrap())
+        .build();
+    let memory = Arc::new(GuestMemoryMmap::<()>::new());
+    let config = PinnerConfig::new("".parse().unwrap(), vec![]);
+    assert_eq!(
+        Pinner::new(memory, Arc::new(iommu), config).unwrap_err(),
+        PinnerError::PageSize(1 << 16)
+    );
+}
+
+/// A mapper that does nothing, for what would be much memory.
+#[derive(Debug)]
+struct Nothing;
+
+impl DmaMapper for Nothing {
+    #[allow(unsafe_code, reason = "it promises nothing and does nothing")]
+    unsafe fn map(&self, _iova: u64, _backing: Backing<'_>, _len: u64) -> Result<(), MapError> {
+        Ok(())
+    }
+
+    fn unmap(&self, _iova: u64, len: u64) -> Result<u64, MapError> {
+        Ok(len)
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            page_sizes: PAGE,
+            iova_ranges: vec![0..=u64::MAX],
+            mappings_left: None,
+        }
+    }
+}
+
+#[test]
+fn the_books_cost_under_a_hundredth_of_a_percent() {
+    // 16 GiB that are never touched, with one page of every 2 MiB pinned, the dearest way.
+    const BYTES: u64 = 16 << 30;
+    let bytes = usize::try_from(BYTES).unwrap();
+    let ram = Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(0), bytes, None).unwrap());
+    let tables = Arc::new(GuestRegionMmap::from_range(GuestAddress(1 << 40), 64 << 20, None).unwrap());
+    let memory = Arc::new(GuestMemoryMmap::from_arc_regions(vec![Arc::clone(&ram), tables]).unwrap());
+    let bdf = Bdf::new(1).unwrap();
+    let config = PinnerConfig::new("extent=page".parse().unwrap(), vec![bdf]);
+    let pinner = Pinner::new(Arc::clone(&memory), Arc::new(Nothing), config).unwrap();
+    pinner.add_region(RamRegion::from_vm_memory(ram).unwrap()).unwrap();
+    let pages = rig::Pages(AtomicU64::new(1 << 40));
+    let levels = coiommu_dtt::Levels::new(4).unwrap();
+    let guest = coiommu_dtt::guest::GuestDtt::new(&*memory, &pages, levels, 1).unwrap();
+    pinner.activate(guest.dtt().root(), 4).unwrap();
+    let mut scratch = Scratch::default();
+    for page in (0..BYTES / PAGE).step_by(512) {
+        let _ = guest.map(&*memory, &pages, gfn(page)).unwrap();
+        let word = RequestWord::page(gfn(page), bdf).unwrap();
+        assert_eq!(pinner.pin(word, &mut scratch, &Duration::ZERO), PinResult::Pinned);
+    }
+    assert_eq!(pinner.pinned_pages(), BYTES / PAGE / 512);
+    let overhead = pinner.overhead_bytes();
+    assert!(overhead * 10_000 < BYTES, "{overhead} bytes for {BYTES}");
+    assert_eq!(pinner.latency().len(), BYTES / PAGE / 512);
+}
