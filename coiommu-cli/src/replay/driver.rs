@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use coiommu_dtt::guest::count_limit;
 use coiommu_dtt::{Bdf, PAGE_SIZE};
+use rustc_hash::FxHashMap;
 
 use super::space::{BATCH_PAGES, BLOCK_LEN, BLOCK_PAGES, RAM_END, Space};
 use crate::trace::{Event, Family, Segment};
@@ -56,7 +57,7 @@ pub(super) struct Drivers {
     open: HashMap<Key, Open>,
     open_runs: usize,
     /// Map counts by block and page, summed over devices.
-    pages: HashMap<u64, Box<BlockCounts>>,
+    pages: FxHashMap<u64, Box<BlockCounts>>,
     counts: Counts,
     start: Option<Duration>,
     now: Duration,
@@ -92,7 +93,7 @@ impl Drivers {
             last_device: None,
             open: HashMap::new(),
             open_runs: 0,
-            pages: HashMap::new(),
+            pages: FxHashMap::default(),
             counts: Counts::default(),
             start: None,
             now: Duration::ZERO,
@@ -273,7 +274,7 @@ pub(super) fn endpoints() -> impl Iterator<Item = Bdf> {
     (1..=MOST_DEVICES).filter_map(Bdf::new)
 }
 
-fn page_count(pages: &mut HashMap<u64, Box<BlockCounts>>, gfn: u64) -> &mut Option<u16> {
+fn page_count(pages: &mut FxHashMap<u64, Box<BlockCounts>>, gfn: u64) -> &mut Option<u16> {
     let block = pages
         .entry(gfn / BLOCK_PAGES)
         .or_insert_with(|| Box::new([None; BLOCK_LEN]));

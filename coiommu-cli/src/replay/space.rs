@@ -4,13 +4,13 @@
 //! there. All policies share it. A policy's DTT is real memory, above the RAM, one table page for 4 MiB of RAM at best;
 //! how many there may be is fixed, so that a trace cannot make memory grow without bound.
 
-use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::Context;
 use coiommu_dtt::PAGE_SIZE;
 use coiommu_pin::RamRegion;
+use rustc_hash::{FxHashMap, FxHashSet};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 /// RAM is below this address.
@@ -27,7 +27,8 @@ pub(super) const BATCH_PAGES: u64 = ((4 << 20) - 16) / 8;
 /// The RAM that a trace has used.
 #[derive(Debug)]
 pub(super) struct Space {
-    blocks: HashMap<u64, Arc<GuestRegionMmap>>,
+    /// Hashed fast: the space for tables bounds how many a trace can make collide.
+    blocks: FxHashMap<u64, Arc<GuestRegionMmap>>,
     /// Blocks that were added by the last call of [`reach`](Self::reach).
     added: Vec<u64>,
     tables: TableCount,
@@ -38,7 +39,7 @@ pub(super) struct Space {
 /// How many table pages a four-level DTT of the RAM takes.
 #[derive(Debug, Default)]
 struct TableCount {
-    by_level: [HashSet<u64>; 3],
+    by_level: [FxHashSet<u64>; 3],
 }
 
 impl TableCount {
@@ -70,7 +71,7 @@ impl Space {
     pub(super) fn new(policies: usize) -> Self {
         let most_tables = TABLE_PAGES / policies.max(1) as u64;
         Self {
-            blocks: HashMap::new(),
+            blocks: FxHashMap::default(),
             added: Vec::new(),
             tables: TableCount::default(),
             most_tables,
