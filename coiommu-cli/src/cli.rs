@@ -58,9 +58,7 @@ pub fn main() -> ExitCode {
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error
-        .downcast_ref::<io::Error>()
-        .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 fn man(subcommand: Option<&str>) -> anyhow::Result<()> {
@@ -70,12 +68,9 @@ fn man(subcommand: Option<&str>) -> anyhow::Result<()> {
         None => program,
         Some(name) => match program.find_subcommand(name) {
             Some(command) => command.clone(),
-            None => program
-                .error(
-                    clap::error::ErrorKind::InvalidValue,
-                    format!("there is no subcommand '{name}'"),
-                )
-                .exit(),
+            None => {
+                program.error(clap::error::ErrorKind::InvalidValue, format!("there is no subcommand '{name}'")).exit()
+            }
         },
     };
     let name = command.get_display_name().unwrap_or(command.get_name()).to_owned();

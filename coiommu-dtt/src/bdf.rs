@@ -65,10 +65,7 @@ fn hex_below(text: &str, limit: u16) -> Result<u16, BdfError> {
     if text.is_empty() || text.len() > 2 || text.starts_with('+') {
         return Err(BdfError);
     }
-    u16::from_str_radix(text, 16)
-        .ok()
-        .filter(|&value| value < limit)
-        .ok_or(BdfError)
+    u16::from_str_radix(text, 16).ok().filter(|&value| value < limit).ok_or(BdfError)
 }
 
 #[cfg(test)]
@@ -89,18 +86,9 @@ mod tests {
 
     #[test]
     fn text_that_is_no_bdf_is_refused() {
-        for text in [
-            "",
-            "00:00.0",
-            "0:20.0",
-            "00:02.8",
-            "100:00.0",
-            "00:02",
-            "02.0",
-            "+1:02.0",
-            "00:02.0 ",
-            "0000:00:02.0",
-        ] {
+        for text in
+            ["", "00:00.0", "0:20.0", "00:02.8", "100:00.0", "00:02", "02.0", "+1:02.0", "00:02.0 ", "0000:00:02.0"]
+        {
             assert_eq!(text.parse::<Bdf>(), Err(BdfError), "{text:?}");
         }
     }

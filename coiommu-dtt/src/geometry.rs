@@ -153,9 +153,7 @@ impl Levels {
 
     /// The directories on the way to `gfn`, from the root down: each one's level and the index of the entry to follow.
     pub(crate) fn path(self, gfn: Gfn) -> impl Iterator<Item = (u8, usize)> {
-        (2..=self.0)
-            .rev()
-            .map(move |level| (level, gfn.directory_index(u32::from(level))))
+        (2..=self.0).rev().map(move |level| (level, gfn.directory_index(u32::from(level))))
     }
 }
 

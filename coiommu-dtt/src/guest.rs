@@ -85,10 +85,7 @@ impl GuestDtt {
     ) -> Result<Self, GuestError> {
         let root = pages.alloc().ok_or(GuestError::NoTablePage)?;
         let dtt = Dtt::new(mem, root, u64::from(levels.get()))?;
-        Ok(Self {
-            dtt,
-            limit: count_limit(cpus),
-        })
+        Ok(Self { dtt, limit: count_limit(cpus) })
     }
 
     /// What the guest tells the device: root and levels.
@@ -192,15 +189,8 @@ pub fn write_batch<M: TableMemory + ?Sized>(
     gfns: &[Gfn],
 ) -> Result<RequestWord, MemoryError> {
     const AT_ONCE: usize = 64;
-    let absent = MemoryError::Absent {
-        at,
-        bytes: size_of::<BatchHeader>() + size_of_val(gfns),
-    };
-    let header = BatchHeader {
-        bdf: U16::new(bdf.raw()),
-        pad: [U16::ZERO; 3],
-        nr_pages: U64::new(gfns.len() as u64),
-    };
+    let absent = MemoryError::Absent { at, bytes: size_of::<BatchHeader>() + size_of_val(gfns) };
+    let header = BatchHeader { bdf: U16::new(bdf.raw()), pad: [U16::ZERO; 3], nr_pages: U64::new(gfns.len() as u64) };
     mem.write(at, header.as_bytes())?;
     let mut next = at.checked_add(size_of_val(&header) as u64);
     for piece in gfns.chunks(AT_ONCE) {

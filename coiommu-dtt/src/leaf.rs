@@ -216,10 +216,7 @@ impl<'a, W: Word32> Leaf<'a, W> {
             if !entry.contains(LeafEntry::PINNED) {
                 return Ok(());
             }
-            match self
-                .0
-                .compare_exchange_weak(old, old & !LeafEntry::PINNED.bits(), Acquire, Acquire)
-            {
+            match self.0.compare_exchange_weak(old, old & !LeafEntry::PINNED.bits(), Acquire, Acquire) {
                 Ok(_) => return Ok(()),
                 Err(now) => old = now,
             }

@@ -68,21 +68,13 @@ impl RequestWord {
     #[must_use]
     pub fn page(gfn: Gfn, bdf: Bdf) -> Option<Self> {
         let shifted = gfn.raw().checked_mul(1 << Self::GFN_SHIFT)?;
-        if shifted & Self::BATCH == 0 {
-            Self::from_raw(shifted | u64::from(bdf.raw()))
-        } else {
-            None
-        }
+        if shifted & Self::BATCH == 0 { Self::from_raw(shifted | u64::from(bdf.raw())) } else { None }
     }
 
     /// Guest: asks for the pages of the list at `header`; `None` if the address does not fit (63 bits).
     #[must_use]
     pub const fn batch(header: Gpa) -> Option<Self> {
-        if header.raw() & Self::BATCH == 0 {
-            Self::from_raw(header.raw() | Self::BATCH)
-        } else {
-            None
-        }
+        if header.raw() & Self::BATCH == 0 { Self::from_raw(header.raw() | Self::BATCH) } else { None }
     }
 
     /// Host: what is asked.
@@ -93,9 +85,7 @@ impl RequestWord {
     pub fn decode(self) -> Result<Request, NoEndpoint> {
         let raw = self.raw();
         if raw & Self::BATCH != 0 {
-            return Ok(Request::Batch {
-                header: Gpa::new(raw & !Self::BATCH),
-            });
+            return Ok(Request::Batch { header: Gpa::new(raw & !Self::BATCH) });
         }
         let [low, high, ..] = raw.to_le_bytes();
         let bdf = Bdf::new(u16::from_le_bytes([low, high])).ok_or(NoEndpoint)?;
@@ -222,10 +212,7 @@ impl<'a, W: Word64> NotifySlots<'a, W> {
     }
 
     fn slot(&self, vcpu: usize) -> Result<&'a W, NoSlot> {
-        self.slots.get(vcpu).ok_or(NoSlot {
-            vcpu,
-            slots: self.slots.len(),
-        })
+        self.slots.get(vcpu).ok_or(NoSlot { vcpu, slots: self.slots.len() })
     }
 }
 
@@ -270,11 +257,7 @@ mod tests {
         assert_eq!(slots.take(1), Ok(Some(second)));
         assert_eq!(slots.answer(1, second), Ok(Answered::Yes));
         assert_eq!(slots.is_answered(1), Ok(true));
-        assert_eq!(
-            slots.answer(1, second),
-            Ok(Answered::Yes),
-            "a slot that is 0 already waits for nothing"
-        );
+        assert_eq!(slots.answer(1, second), Ok(Answered::Yes), "a slot that is 0 already waits for nothing");
         assert_eq!(slots.take(2), Err(NoSlot { vcpu: 2, slots: 2 }));
     }
 

@@ -35,11 +35,7 @@ impl DirectoryEntry {
 
     /// The table it leads to; `None` if it is not present. Bits that mean nothing are ignored.
     pub(crate) const fn table(self) -> Option<Gpa> {
-        if self.0 & Self::PRESENT == 0 {
-            None
-        } else {
-            Some(Gpa::new(self.0 & Self::TABLE))
-        }
+        if self.0 & Self::PRESENT == 0 { None } else { Some(Gpa::new(self.0 & Self::TABLE)) }
     }
 }
 
@@ -130,10 +126,7 @@ impl Dtt {
         gfn: Gfn,
     ) -> Result<LeafTable<'m, M::U32>, WalkError> {
         if !self.levels.cover(gfn) {
-            return Err(WalkError::Beyond {
-                gfn,
-                levels: self.levels,
-            });
+            return Err(WalkError::Beyond { gfn, levels: self.levels });
         }
         let mut table = self.root;
         for (level, index) in self.levels.path(gfn) {
@@ -151,10 +144,7 @@ pub(crate) fn directory_word<M: TableMemory + ?Sized>(
     index: usize,
 ) -> Result<&M::U64, MemoryError> {
     let words = mem.words64(table, DIRECTORY_ENTRIES)?;
-    words.get(index).ok_or(MemoryError::Absent {
-        at: table,
-        bytes: size_of_val(words),
-    })
+    words.get(index).ok_or(MemoryError::Absent { at: table, bytes: size_of_val(words) })
 }
 
 /// A leaf table, looked up once: the entries of 1024 pages in a row.
@@ -175,10 +165,8 @@ impl<'m, W: Word32> LeafTable<'m, W> {
     /// The leaf table in this page.
     pub(crate) fn at<M: TableMemory<U32 = W> + ?Sized>(mem: &'m M, table: Gpa) -> Result<Self, WalkError> {
         let words = mem.words32(table, LEAF_ENTRIES)?;
-        let entries = words.try_into().map_err(|_| MemoryError::Absent {
-            at: table,
-            bytes: LEAF_ENTRIES * size_of::<u32>(),
-        })?;
+        let entries =
+            words.try_into().map_err(|_| MemoryError::Absent { at: table, bytes: LEAF_ENTRIES * size_of::<u32>() })?;
         Ok(Self { entries })
     }
 

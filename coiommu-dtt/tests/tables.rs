@@ -57,10 +57,7 @@ fn a_directory_is_laid_out_as_the_contract_says() {
     assert_eq!(guest.dtt().root(), Gpa::new(root));
     assert_eq!(word(root + 5 * 8), middle | 1);
     assert_eq!(word(middle + 7 * 8), leaf | 1);
-    assert_eq!(
-        mem.words32(Gpa::new(leaf + 9 * 4), 1).unwrap()[0].load(Ordering::Relaxed),
-        0x4000_0001
-    );
+    assert_eq!(mem.words32(Gpa::new(leaf + 9 * 4), 1).unwrap()[0].load(Ordering::Relaxed), 0x4000_0001);
     assert_eq!(pages.used(), 3);
 }
 
@@ -70,36 +67,21 @@ fn a_walk_ignores_the_bits_that_mean_nothing_and_stops_at_those_that_do() {
     let guest = GuestDtt::new(&mem, &pages, Levels::new(2).unwrap(), 1).unwrap();
     let page = gfn(1024 * 3);
     let (dtt, entry) = (guest.dtt(), &mem.words64(guest.dtt().root(), 512).unwrap()[3]);
-    assert_eq!(
-        dtt.leaf_table(&mem, page).unwrap_err(),
-        WalkError::NotPresent { gfn: page, level: 2 }
-    );
+    assert_eq!(dtt.leaf_table(&mem, page).unwrap_err(), WalkError::NotPresent { gfn: page, level: 2 });
     // Every ignored bit set: the same table.
     entry.store(0xfff0_0000_0000_0ffe | 0x20_0001, Ordering::Relaxed);
     dtt.leaf_table(&mem, page).unwrap().leaf(page).set_pinned();
-    assert_eq!(
-        mem.words32(Gpa::new(0x20_0000), 1).unwrap()[0].load(Ordering::Relaxed),
-        1 << 31
-    );
+    assert_eq!(mem.words32(Gpa::new(0x20_0000), 1).unwrap()[0].load(Ordering::Relaxed), 1 << 31);
     // Not present, whatever else is there.
     entry.store(0x20_0000, Ordering::Relaxed);
     assert!(matches!(dtt.leaf_table(&mem, page), Err(WalkError::NotPresent { .. })));
     // Where there is no RAM, partly or at all.
     for table in [RAM, 0x000f_ffff_ffff_f000] {
         entry.store(table | 1, Ordering::Relaxed);
-        assert!(matches!(
-            dtt.leaf_table(&mem, page),
-            Err(WalkError::Unreadable(MemoryError::Absent { .. }))
-        ));
+        assert!(matches!(dtt.leaf_table(&mem, page), Err(WalkError::Unreadable(MemoryError::Absent { .. }))));
     }
     let far = gfn(1 << 19);
-    assert_eq!(
-        dtt.leaf_table(&mem, far).unwrap_err(),
-        WalkError::Beyond {
-            gfn: far,
-            levels: dtt.levels()
-        }
-    );
+    assert_eq!(dtt.leaf_table(&mem, far).unwrap_err(), WalkError::Beyond { gfn: far, levels: dtt.levels() });
 }
 
 #[test]
@@ -110,10 +92,7 @@ fn a_table_that_points_to_itself_is_walked_once_a_level() {
     for word in mem.words64(root, 512).unwrap() {
         word.store(root.raw() | 1, Ordering::Relaxed);
     }
-    let leaf = dtt
-        .leaf_table(&mem, gfn(0x3ff_ffff_ffff))
-        .unwrap()
-        .leaf(gfn(0x3ff_ffff_ffff));
+    let leaf = dtt.leaf_table(&mem, gfn(0x3ff_ffff_ffff)).unwrap().leaf(gfn(0x3ff_ffff_ffff));
     assert_eq!(leaf.load().bits(), 0, "the root's upper half words as leaves");
 }
 
@@ -130,26 +109,11 @@ fn a_root_that_cannot_be_one_is_refused() {
 #[test]
 fn words_outside_ram_or_off_their_place_are_refused() {
     let mem = memory();
-    assert!(matches!(
-        mem.words32(Gpa::new(RAM - 4), 2),
-        Err(MemoryError::Absent { .. })
-    ));
-    assert!(matches!(
-        mem.words32(Gpa::new(2), 1),
-        Err(MemoryError::Misaligned { .. })
-    ));
-    assert!(matches!(
-        mem.words64(Gpa::new(4), 1),
-        Err(MemoryError::Misaligned { .. })
-    ));
-    assert!(matches!(
-        mem.words64(Gpa::new(0), usize::MAX),
-        Err(MemoryError::Absent { .. })
-    ));
-    assert!(matches!(
-        mem.read(Gpa::new(RAM - 1), &mut [0; 2]),
-        Err(MemoryError::Absent { .. })
-    ));
+    assert!(matches!(mem.words32(Gpa::new(RAM - 4), 2), Err(MemoryError::Absent { .. })));
+    assert!(matches!(mem.words32(Gpa::new(2), 1), Err(MemoryError::Misaligned { .. })));
+    assert!(matches!(mem.words64(Gpa::new(4), 1), Err(MemoryError::Misaligned { .. })));
+    assert!(matches!(mem.words64(Gpa::new(0), usize::MAX), Err(MemoryError::Absent { .. })));
+    assert!(matches!(mem.read(Gpa::new(RAM - 1), &mut [0; 2]), Err(MemoryError::Absent { .. })));
 }
 
 #[test]
@@ -166,10 +130,7 @@ fn counts_stop_short_of_wrapping_in_both_directions() {
         guest.unmap(&mem, page).unwrap();
     }
     assert!(matches!(guest.unmap(&mem, page), Err(GuestError::NotMapped(_))));
-    assert!(matches!(
-        guest.unmap(&mem, gfn(1 << 20)),
-        Err(GuestError::Walk(WalkError::NotPresent { .. }))
-    ));
+    assert!(matches!(guest.unmap(&mem, gfn(1 << 20)), Err(GuestError::Walk(WalkError::NotPresent { .. }))));
 }
 
 #[test]
@@ -194,16 +155,7 @@ fn many_cpus_that_map_at_once_share_one_table() {
         }
     });
     for n in 0..2048 {
-        assert_eq!(
-            guest
-                .dtt()
-                .leaf_table(&mem, gfn(n * 61))
-                .unwrap()
-                .leaf(gfn(n * 61))
-                .load()
-                .count(),
-            4
-        );
+        assert_eq!(guest.dtt().leaf_table(&mem, gfn(n * 61)).unwrap().leaf(gfn(n * 61)).load().count(), 4);
     }
 }
 

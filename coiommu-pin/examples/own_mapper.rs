@@ -32,11 +32,7 @@ impl DmaMapper for Printer {
     }
 
     fn limits(&self) -> Limits {
-        Limits {
-            page_sizes: 4096,
-            iova_ranges: vec![0..=(1 << 39) - 1],
-            mappings_left: Some(65_535),
-        }
+        Limits { page_sizes: 4096, iova_ranges: vec![0..=(1 << 39) - 1], mappings_left: Some(65_535) }
     }
 }
 
@@ -58,11 +54,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // One pinner a guest. RAM is announced when it is there, and taken back before it goes (`remove_region`).
     let policy: Policy = "extent=run,unpin_policy=lru,unpin_interval=1".parse()?;
-    let pinner = Pinner::new(
-        Arc::clone(&memory),
-        Arc::new(Printer),
-        PinnerConfig::new(policy, vec![nic]),
-    )?;
+    let pinner = Pinner::new(Arc::clone(&memory), Arc::new(Printer), PinnerConfig::new(policy, vec![nic]))?;
     pinner.add_region(RamRegion::from_vm_memory(ram)?)?;
 
     // The guest's driver builds its table and says ACTIVATE.

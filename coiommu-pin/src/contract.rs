@@ -152,10 +152,7 @@ pub fn run_all(bed: &dyn Bed) -> Vec<Skipped> {
     let skipped = |case: &Case| {
         let _said = NameIfPanicking(case.name);
         let reason = (case.run)(bed).err()?.0;
-        Some(Skipped {
-            case: case.name,
-            reason,
-        })
+        Some(Skipped { case: case.name, reason })
     };
     CASES.iter().filter_map(skipped).collect()
 }

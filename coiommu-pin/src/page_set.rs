@@ -34,9 +34,7 @@ impl PageSet {
     }
 
     pub(crate) fn contains(&self, page: usize) -> bool {
-        self.0
-            .get(page / WORD_PAGES)
-            .is_some_and(|word| word >> (page % WORD_PAGES) & 1 == 1)
+        self.0.get(page / WORD_PAGES).is_some_and(|word| word >> (page % WORD_PAGES) & 1 == 1)
     }
 
     /// Whether every page of the range is in the set.

@@ -159,8 +159,7 @@ impl PinMap {
 
     /// The chunk of a block, made if need be. Only for blocks that have RAM, so that guests cannot make the books grow.
     pub(crate) fn chunk_or_new(&self, block: BlockNo) -> Arc<Chunk> {
-        self.chunk(block)
-            .unwrap_or_else(|| Arc::clone(self.chunks.write().entry(block.chunk()).or_default()))
+        self.chunk(block).unwrap_or_else(|| Arc::clone(self.chunks.write().entry(block.chunk()).or_default()))
     }
 
     /// The first block at or after `from` that has books, with its chunk.
@@ -250,10 +249,7 @@ mod tests {
             assert!(map.reserve(extent.len() as u64, u64::MAX));
             map.enter(&mut block, extent, 7);
         }
-        assert_eq!(
-            block.extents().collect::<Vec<_>>(),
-            [3..5, 5..6, 8..64, 64..130, 511..512]
-        );
+        assert_eq!(block.extents().collect::<Vec<_>>(), [3..5, 5..6, 8..64, 64..130, 511..512]);
         assert_eq!((map.pages(), map.mappings(), block.changed()), (126, 5, 7));
         let touching = block.extents_touching(PageSet::range(5..9));
         assert_eq!(touching, PageSet::range(5..6) | PageSet::range(8..64));

@@ -68,11 +68,7 @@ impl AlignedSize {
     /// This many bytes; `None` unless it is a power of two from 64 KiB to 2 MiB.
     #[must_use]
     pub const fn new(bytes: u64) -> Option<Self> {
-        if bytes.is_power_of_two() && bytes >= 64 << 10 && bytes <= 2 << 20 {
-            Some(Self(bytes))
-        } else {
-            None
-        }
+        if bytes.is_power_of_two() && bytes >= 64 << 10 && bytes <= 2 << 20 { Some(Self(bytes)) } else { None }
     }
 
     /// The size in bytes.
@@ -120,14 +116,7 @@ pub enum PolicyError {
 }
 
 /// The keys, in the order in which Display gives them.
-const KEYS: [&str; 6] = [
-    "extent",
-    "unpin_policy",
-    "unpin_interval",
-    "unpin_limit",
-    "unpin_gen_threshold",
-    "quota",
-];
+const KEYS: [&str; 6] = ["extent", "unpin_policy", "unpin_interval", "unpin_limit", "unpin_gen_threshold", "quota"];
 
 impl Default for Policy {
     fn default() -> Self {
@@ -187,9 +176,7 @@ impl FromStr for Policy {
         let mut given = [false; KEYS.len()];
         let pairs = text.split(',').filter(|_| !text.is_empty());
         for pair in pairs {
-            let (name, value) = pair
-                .split_once('=')
-                .ok_or_else(|| PolicyError::NotAPair(pair.to_owned()))?;
+            let (name, value) = pair.split_once('=').ok_or_else(|| PolicyError::NotAPair(pair.to_owned()))?;
             let (&key, given) = KEYS
                 .iter()
                 .zip(&mut given)
@@ -289,19 +276,12 @@ fn parse_unpin_policy(value: &str) -> Option<UnpinPolicy> {
 
 /// `none`, or something.
 fn optional<T>(value: &str, parse: impl Fn(&str) -> Option<T>) -> Option<Option<T>> {
-    if value == "none" {
-        Some(None)
-    } else {
-        parse(value).map(Some)
-    }
+    if value == "none" { Some(None) } else { parse(value).map(Some) }
 }
 
 /// Digits and nothing else.
 fn parse_digits(value: &str) -> Option<u64> {
-    value
-        .bytes()
-        .all(|byte| byte.is_ascii_digit())
-        .then(|| value.parse().ok())?
+    value.bytes().all(|byte| byte.is_ascii_digit()).then(|| value.parse().ok())?
 }
 
 /// A number of bytes, with k, m, g or t (either case) for powers of 1024.
@@ -348,29 +328,18 @@ mod tests {
             (16..=21).prop_map(|bits| ExtentPolicy::Aligned(AlignedSize::new(1_u64 << bits).unwrap())),
         ];
         let interval = (0..=u64::MAX, 1_u32..1_000_000_000).prop_map(|(secs, nanos)| Duration::new(secs, nanos));
-        let quota = prop::option::of(prop_oneof![
-            PAGE_SIZE..=u64::MAX,
-            (2_u64..50).prop_map(|bits| PAGE_SIZE << bits)
-        ]);
+        let quota = prop::option::of(prop_oneof![PAGE_SIZE..=u64::MAX, (2_u64..50).prop_map(|bits| PAGE_SIZE << bits)]);
         let unpin = prop_oneof![Just(UnpinPolicy::Off), Just(UnpinPolicy::Lru)];
-        (
-            extent,
-            unpin,
-            interval,
-            prop::option::of(1..=u64::MAX),
-            any::<u32>(),
-            quota,
+        (extent, unpin, interval, prop::option::of(1..=u64::MAX), any::<u32>(), quota).prop_map(
+            |(extent, unpin_policy, unpin_interval, unpin_limit, unpin_gen_threshold, quota)| Policy {
+                extent,
+                unpin_policy,
+                unpin_interval,
+                unpin_limit: unpin_limit.and_then(NonZeroU64::new),
+                unpin_gen_threshold,
+                quota,
+            },
         )
-            .prop_map(
-                |(extent, unpin_policy, unpin_interval, unpin_limit, unpin_gen_threshold, quota)| Policy {
-                    extent,
-                    unpin_policy,
-                    unpin_interval,
-                    unpin_limit: unpin_limit.and_then(NonZeroU64::new),
-                    unpin_gen_threshold,
-                    quota,
-                },
-            )
     }
 
     proptest! {

@@ -113,22 +113,13 @@ impl RamFile {
     /// What the system says when asked which file it is.
     pub fn new(file: Arc<File>, offset: u64) -> io::Result<Self> {
         let meta = file.metadata()?;
-        Ok(Self {
-            file,
-            device: meta.dev(),
-            inode: meta.ino(),
-            offset,
-        })
+        Ok(Self { file, device: meta.dev(), inode: meta.ino(), offset })
     }
 
     /// The file and the offset that guest address 0 would have in it: equal for all pages of one region, and for the same
     /// memory at the same place.
     fn identity(&self, first: Gfn) -> FileIdentity {
-        FileIdentity {
-            device: self.device,
-            inode: self.inode,
-            origin: self.offset.wrapping_sub(first.gpa().raw()),
-        }
+        FileIdentity { device: self.device, inode: self.inode, origin: self.offset.wrapping_sub(first.gpa().raw()) }
     }
 }
 
@@ -163,13 +154,7 @@ impl RamRegion {
         if !pages || end.is_none() {
             return Err(RegionError::NotPages { gpa, bytes });
         }
-        Ok(Self {
-            first: Gfn::containing(gpa),
-            pages: bytes / PAGE_SIZE,
-            hva,
-            file,
-            owner,
-        })
+        Ok(Self { first: Gfn::containing(gpa), pages: bytes / PAGE_SIZE, hva, file, owner })
     }
 
     /// A region of vm-memory. It must be writable: the trait does not tell, and devices fault, or this process does, where
@@ -183,9 +168,7 @@ impl RamRegion {
         R: GuestMemoryRegion + Send + Sync + 'static,
     {
         let gpa = Gpa::new(region.start_addr().raw_value());
-        let slice = region
-            .as_volatile_slice()
-            .map_err(|_| RegionError::NoHostAddress { gpa })?;
+        let slice = region.as_volatile_slice().map_err(|_| RegionError::NoHostAddress { gpa })?;
         let bytes = slice.len() as u64;
         let hva = NonNull::new(slice.ptr_guard_mut().as_ptr()).ok_or(RegionError::NoHostAddress { gpa })?;
         let file = region
@@ -222,17 +205,13 @@ impl RamRegion {
 
     /// What is behind the pages from `gfn`, one of the region's, on.
     pub(crate) fn backing(&self, gfn: Gfn) -> Option<Backing<'_>> {
-        let offset = gfn
-            .raw()
-            .checked_sub(self.first.raw())
-            .filter(|&page| page < self.pages)?
-            * PAGE_SIZE;
+        let offset = gfn.raw().checked_sub(self.first.raw()).filter(|&page| page < self.pages)? * PAGE_SIZE;
         // SAFETY: the offset is inside the region, which is one mapping (`new`).
         let hva = unsafe { self.hva.add(usize::try_from(offset).ok()?) };
-        let file = self.file.as_ref().map(|file| FileBacking {
-            fd: file.file.as_fd(),
-            offset: file.offset.wrapping_add(offset),
-        });
+        let file = self
+            .file
+            .as_ref()
+            .map(|file| FileBacking { fd: file.file.as_fd(), offset: file.offset.wrapping_add(offset) });
         Some(Backing { hva, file })
     }
 
@@ -282,10 +261,7 @@ impl Regions {
 
     /// Whether any page of a range is in a region.
     pub(crate) fn touches(&self, gfns: &Range<u64>) -> bool {
-        self.present
-            .range(..gfns.end)
-            .next_back()
-            .is_some_and(|(_, region)| region.gfns().end > gfns.start)
+        self.present.range(..gfns.end).next_back().is_some_and(|(_, region)| region.gfns().end > gfns.start)
     }
 
     /// Whether a page was RAM once and may be again.
@@ -300,17 +276,12 @@ impl Regions {
     /// How many pages of a range were mapped when their RAM went, and will be again when it returns.
     pub(crate) fn remembered(&self, gfns: &Range<u64>) -> u64 {
         let extents = self.absent.iter().flat_map(|absent| &absent.extents);
-        extents
-            .filter_map(|extent| intersection(extent, gfns))
-            .map(|pages| pages.end - pages.start)
-            .sum()
+        extents.filter_map(|extent| intersection(extent, gfns)).map(|pages| pages.end - pages.start).sum()
     }
 
     /// All regions of which something may be mapped.
     pub(crate) fn memory(&self) -> impl Iterator<Item = &Arc<RamRegion>> {
-        self.present
-            .values()
-            .chain(self.absent.iter().filter_map(|absent| absent.memory.as_ref()))
+        self.present.values().chain(self.absent.iter().filter_map(|absent| absent.memory.as_ref()))
     }
 
     /// Enters a region and gives what was remembered of its place, cut to it. What was remembered beyond stays.
@@ -339,23 +310,14 @@ impl Regions {
             _ => Vec::new(),
         };
         let identity = region.file_identity();
-        self.absent.push(AbsentRegion {
-            gfns: gfns.clone(),
-            identity,
-            extents: Vec::new(),
-            memory: Some(region),
-        });
+        self.absent.push(AbsentRegion { gfns: gfns.clone(), identity, extents: Vec::new(), memory: Some(region) });
         Some(forgotten)
     }
 
     /// Remembers what was mapped in regions that went.
     pub(crate) fn remember(&mut self, extents: Vec<Range<u64>>) {
         for extent in extents {
-            if let Some(absent) = self
-                .absent
-                .iter_mut()
-                .find(|absent| absent.gfns.contains(&extent.start))
-            {
+            if let Some(absent) = self.absent.iter_mut().find(|absent| absent.gfns.contains(&extent.start)) {
                 absent.extents.push(extent);
             }
         }
@@ -364,18 +326,12 @@ impl Regions {
     /// Nothing of the regions that went from a range is mapped any more: their memory may go.
     pub(crate) fn let_go(&mut self, gfns: &Range<u64>) {
         let inside = |absent: &&mut AbsentRegion| gfns.start <= absent.gfns.start && absent.gfns.end <= gfns.end;
-        self.absent
-            .iter_mut()
-            .filter(inside)
-            .for_each(|absent| absent.memory = None);
+        self.absent.iter_mut().filter(inside).for_each(|absent| absent.memory = None);
     }
 
     /// Forgets what was mapped anywhere, and gives it; the places stay known as RAM that may return.
     pub(crate) fn forget_extents(&mut self) -> Vec<Range<u64>> {
-        self.absent
-            .iter_mut()
-            .flat_map(|absent| absent.extents.drain(..))
-            .collect()
+        self.absent.iter_mut().flat_map(|absent| absent.extents.drain(..)).collect()
     }
 }
 
@@ -384,17 +340,8 @@ impl AbsentRegion {
     fn cut(&self, at: &Range<u64>) -> [Option<Self>; 3] {
         [0..at.start, at.clone(), at.end..u64::MAX].map(|part| {
             let gfns = intersection(&self.gfns, &part)?;
-            let extents = self
-                .extents
-                .iter()
-                .filter_map(|extent| intersection(extent, &gfns))
-                .collect();
-            Some(Self {
-                gfns,
-                identity: self.identity,
-                extents,
-                memory: self.memory.clone(),
-            })
+            let extents = self.extents.iter().filter_map(|extent| intersection(extent, &gfns)).collect();
+            Some(Self { gfns, identity: self.identity, extents, memory: self.memory.clone() })
         })
     }
 }
@@ -418,15 +365,8 @@ mod tests {
         });
         let bytes = (gfns.end - gfns.start) * PAGE_SIZE;
         // SAFETY: nothing is ever mapped or read through these regions.
-        let region = unsafe {
-            RamRegion::new(
-                Gpa::new(gfns.start * PAGE_SIZE),
-                bytes,
-                NonNull::dangling(),
-                file,
-                Arc::new(()),
-            )
-        };
+        let region =
+            unsafe { RamRegion::new(Gpa::new(gfns.start * PAGE_SIZE), bytes, NonNull::dangling(), file, Arc::new(())) };
         Arc::new(region.unwrap())
     }
 
@@ -450,14 +390,9 @@ mod tests {
         assert_eq!(found(16), Some(16..32));
         assert_eq!(found(31), Some(16..32));
         assert_eq!(found(64), Some(64..65));
-        for (range, touches) in [
-            (0..16, false),
-            (0..17, true),
-            (31..40, true),
-            (32..64, false),
-            (33..100, true),
-            (65..70, false),
-        ] {
+        for (range, touches) in
+            [(0..16, false), (0..17, true), (31..40, true), (32..64, false), (33..100, true), (65..70, false)]
+        {
             assert_eq!(regions.touches(&range), touches, "{range:?}");
         }
     }
@@ -486,10 +421,7 @@ mod tests {
         for (gpa, bytes) in [(1, 4096), (0, 1), (0, 0), (4096, 100), (u64::MAX - 4095, 8192)] {
             // SAFETY: refused, so never used.
             let region = unsafe { RamRegion::new(Gpa::new(gpa), bytes, NonNull::dangling(), None, Arc::new(())) };
-            assert!(
-                matches!(region, Err(RegionError::NotPages { .. })),
-                "{gpa:#x} {bytes:#x}"
-            );
+            assert!(matches!(region, Err(RegionError::NotPages { .. })), "{gpa:#x} {bytes:#x}");
         }
     }
 }

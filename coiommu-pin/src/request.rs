@@ -75,10 +75,7 @@ pub struct Scratch {
 
 impl Default for Scratch {
     fn default() -> Self {
-        Self {
-            gfns: vec![0; PIECE_PAGES].into_boxed_slice(),
-            len: 0,
-        }
+        Self { gfns: vec![0; PIECE_PAGES].into_boxed_slice(), len: 0 }
     }
 }
 
@@ -126,17 +123,7 @@ impl PinRequest {
             }
         };
         let (made_room, waits, kept) = (false, true, Vec::new());
-        Ok(Self {
-            word,
-            rest,
-            taken,
-            activation,
-            made_room,
-            waits,
-            kept,
-            asked: 0,
-            failed: 0,
-        })
+        Ok(Self { word, rest, taken, activation, made_room, waits, kept, asked: 0, failed: 0 })
     }
 
     /// What the slot held: what its answer replaces by 0.
@@ -154,8 +141,7 @@ impl PinRequest {
     /// RAM is away, or when map calls are so slow that a step's time is over.
     pub(crate) fn keep_piece(&mut self, scratch: &mut Scratch, from: usize) {
         self.kept.clear();
-        self.kept
-            .extend_from_slice(scratch.piece().get(from..).unwrap_or_default());
+        self.kept.extend_from_slice(scratch.piece().get(from..).unwrap_or_default());
     }
 
     /// Copies the next piece, or what was kept of one, and puts it in order.
@@ -206,10 +192,7 @@ impl PinRequest {
 
 /// Checks that a request is for one of the guest's endpoints, which are sorted.
 fn check_endpoint(bdf: Bdf, endpoints: &[Bdf]) -> Result<(), Refusal> {
-    endpoints
-        .binary_search(&bdf)
-        .map(|_| ())
-        .map_err(|_| Refusal::UnknownEndpoint(bdf))
+    endpoints.binary_search(&bdf).map(|_| ()).map_err(|_| Refusal::UnknownEndpoint(bdf))
 }
 
 fn read_header<M: TableMemory + ?Sized>(header: Gpa, mem: &M, endpoints: &[Bdf]) -> Result<Rest, Refusal> {
@@ -246,12 +229,7 @@ mod tests {
     }
 
     fn decode(raw: u64) -> Result<PinRequest, Refusal> {
-        PinRequest::decode(
-            RequestWord::from_raw(raw).unwrap(),
-            Duration::ZERO,
-            0,
-            &[bdf(7), bdf(0x10)],
-        )
+        PinRequest::decode(RequestWord::from_raw(raw).unwrap(), Duration::ZERO, 0, &[bdf(7), bdf(0x10)])
     }
 
     /// All pieces, and why it ended.

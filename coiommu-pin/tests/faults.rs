@@ -113,9 +113,7 @@ impl World {
     }
 
     fn is_present(&self, page: u64) -> bool {
-        RAM.iter()
-            .zip(&self.ram)
-            .any(|(gfns, ram)| gfns.contains(&page) && ram.is_some())
+        RAM.iter().zip(&self.ram).any(|(gfns, ram)| gfns.contains(&page) && ram.is_some())
     }
 
     fn play(&mut self, op: Op) {
@@ -206,12 +204,7 @@ impl World {
             Op::EntryLimit(limit) => self.rig.iommu.set_entry_limit(Some(limit)),
             Op::Lie(page, word) => {
                 use std::sync::atomic::Ordering::Relaxed;
-                let table = self
-                    .rig
-                    .guest
-                    .dtt()
-                    .leaf_table(&*self.rig.memory, rig::gfn(page))
-                    .unwrap();
+                let table = self.rig.guest.dtt().leaf_table(&*self.rig.memory, rig::gfn(page)).unwrap();
                 let leaf = &table.words()[rig::gfn(page).leaf_index()];
                 leaf.fetch_and(0, Relaxed);
                 leaf.fetch_or(word, Relaxed);
@@ -236,14 +229,8 @@ impl World {
             assert!(matches!(self.rig.remove(region), Err(RegionError::Unknown { .. })));
             return;
         };
-        let left = |world: &Self| {
-            world
-                .rig
-                .mapped_pages()
-                .iter()
-                .filter(|page| RAM[region].contains(page))
-                .count() as u64
-        };
+        let left =
+            |world: &Self| world.rig.mapped_pages().iter().filter(|page| RAM[region].contains(page)).count() as u64;
         let leaves = self.rig.leaves();
         match self.rig.remove(region) {
             Ok(()) => assert_eq!(left(self), 0, "nothing of RAM that went is mapped"),
@@ -258,11 +245,7 @@ impl World {
         if self.ram[region].is_some() {
             return;
         }
-        let memory = if same {
-            Arc::clone(&self.gone[&region])
-        } else {
-            rig::ram(&RAM[region])
-        };
+        let memory = if same { Arc::clone(&self.gone[&region]) } else { rig::ram(&RAM[region]) };
         match self.rig.add(&memory) {
             Ok(()) => self.ram[region] = Some(memory),
             Err(RegionError::Stuck { pages, .. }) => assert!(pages > 0),
@@ -280,10 +263,7 @@ impl World {
     fn check_pinned_is_mapped(&self) {
         for (page, entry) in (0..).zip(self.rig.leaves()) {
             if entry.contains(LeafEntry::PINNED) {
-                assert!(
-                    self.rig.iommu.is_mapped(page * PAGE, PAGE),
-                    "PINNED outlives its mapping, page {page:#x}"
-                );
+                assert!(self.rig.iommu.is_mapped(page * PAGE, PAGE), "PINNED outlives its mapping, page {page:#x}");
             }
         }
     }
@@ -291,11 +271,7 @@ impl World {
     fn check(&self) {
         self.rig.check_books();
         for hold in &self.holds {
-            assert_eq!(
-                self.rig.iommu.mapped_bytes_in(hold.gpa().raw(), hold.bytes()),
-                0,
-                "a held page is mapped"
-            );
+            assert_eq!(self.rig.iommu.mapped_bytes_in(hold.gpa().raw(), hold.bytes()), 0, "a held page is mapped");
         }
         if self.lied || self.table_is_stale {
             return;
@@ -313,10 +289,7 @@ impl World {
         }
         for &page in self.open.iter().flatten() {
             if self.is_present(page) {
-                assert!(
-                    self.rig.iommu.is_mapped(page * PAGE, PAGE),
-                    "the device does not reach page {page:#x}"
-                );
+                assert!(self.rig.iommu.is_mapped(page * PAGE, PAGE), "the device does not reach page {page:#x}");
             }
         }
     }

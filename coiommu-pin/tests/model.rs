@@ -74,10 +74,7 @@ struct Model {
 
 impl Model {
     fn is_mapped(&self, page: u64) -> bool {
-        self.extents
-            .range(..=page)
-            .next_back()
-            .is_some_and(|(first, pages)| page < first + pages)
+        self.extents.range(..=page).next_back().is_some_and(|(first, pages)| page < first + pages)
     }
 
     /// The pages around or after `page` that one map call covers, if all of them satisfy `free`.
@@ -85,11 +82,7 @@ impl Model {
         let region = RAM.iter().find(|ram| ram.contains(&page)).unwrap();
         let (low, high, free): (u64, u64, Box<dyn Fn(u64) -> bool>) = match self.extents_of {
             Extents::Page => (page, page + 1, Box::new(|_| true)),
-            Extents::Run => (
-                page,
-                (page / 512 + 1) * 512,
-                Box::new(|p| wanted.contains(&p) && !self.is_mapped(p)),
-            ),
+            Extents::Run => (page, (page / 512 + 1) * 512, Box::new(|p| wanted.contains(&p) && !self.is_mapped(p))),
             Extents::Aligned(pages) => {
                 let start = page / pages * pages;
                 (start, start + pages, Box::new(|p| !self.is_mapped(p)))
@@ -133,9 +126,7 @@ impl Model {
     }
 
     fn unmap(&mut self, pages: &[u64]) {
-        pages
-            .iter()
-            .for_each(|page| self.leaves.get_mut(page).unwrap().count -= 1);
+        pages.iter().for_each(|page| self.leaves.get_mut(page).unwrap().count -= 1);
     }
 
     /// Takes the extents away whose pages all satisfy `idle`; the pages that went.
@@ -150,8 +141,7 @@ impl Model {
             self.changed.insert(extent.start / 512, self.round);
         }
         let gone: BTreeSet<_> = going.into_iter().flatten().collect();
-        gone.iter()
-            .for_each(|page| self.leaves.get_mut(page).unwrap().pinned = false);
+        gone.iter().for_each(|page| self.leaves.get_mut(page).unwrap().pinned = false);
         gone
     }
 
@@ -188,8 +178,7 @@ impl Model {
         }
         let gone = self.take(range.clone(), |leaf| leaf.count == 0);
         // ACCESSED is cleared before the swap.
-        gone.iter()
-            .for_each(|page| self.leaves.get_mut(page).unwrap().accessed = false);
+        gone.iter().for_each(|page| self.leaves.get_mut(page).unwrap().accessed = false);
         let after = mapped(self);
         [before - after, all - before, after, 0]
     }
@@ -213,16 +202,8 @@ fn compare(rig: &Rig, model: &Model) {
             accessed: entry.contains(LeafEntry::ACCESSED),
             count: entry.count(),
         };
-        assert_eq!(
-            leaf,
-            model.leaves.get(&page).copied().unwrap_or_default(),
-            "leaf of page {page:#x}"
-        );
-        assert_eq!(
-            leaf.pinned,
-            model.is_mapped(page),
-            "PINNED is the pin map's, page {page:#x}"
-        );
+        assert_eq!(leaf, model.leaves.get(&page).copied().unwrap_or_default(), "leaf of page {page:#x}");
+        assert_eq!(leaf.pinned, model.is_mapped(page), "PINNED is the pin map's, page {page:#x}");
     }
 }
 
@@ -296,10 +277,7 @@ fn run(extents_of: Extents, extent: &str, threshold: u32, ops: Vec<Op>) {
         for &page in open.iter().flatten() {
             // A drain takes mapped pages away: its caller has switched the devices off.
             if model.leaves[&page].pinned {
-                assert!(
-                    rig.iommu.is_mapped(page * PAGE, PAGE),
-                    "the device reaches what is mapped, page {page:#x}"
-                );
+                assert!(rig.iommu.is_mapped(page * PAGE, PAGE), "the device reaches what is mapped, page {page:#x}");
             }
         }
     }

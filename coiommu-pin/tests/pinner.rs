@@ -38,20 +38,10 @@ fn requests_that_make_no_sense_are_refused_and_counted() {
     let unknown = Bdf::new(0x30).unwrap();
     let pin = |rig: &mut Rig, word| rig.pinner.pin(word, &mut rig.scratch, &rig.clock);
     let word = RequestWord::page(gfn(1), unknown).unwrap();
-    assert_eq!(
-        pin(&mut rig, word),
-        PinResult::Refused(Refusal::UnknownEndpoint(unknown))
-    );
+    assert_eq!(pin(&mut rig, word), PinResult::Refused(Refusal::UnknownEndpoint(unknown)));
     let nowhere = RequestWord::batch(Gpa::new(0x7_0000_0000)).unwrap();
-    assert!(matches!(
-        pin(&mut rig, nowhere),
-        PinResult::Refused(Refusal::Unreadable(_))
-    ));
-    assert_eq!(
-        rig.request(&[]),
-        PinResult::Pinned,
-        "nothing is asked for, nothing is missing"
-    );
+    assert!(matches!(pin(&mut rig, nowhere), PinResult::Refused(Refusal::Unreadable(_))));
+    assert_eq!(rig.request(&[]), PinResult::Pinned, "nothing is asked for, nothing is missing");
     rig::drain(&rig);
     assert_eq!(rig.request(&[1]), PinResult::Refused(Refusal::NotActive));
     assert_eq!(rig.pinner.counters().requests_refused, 3);
@@ -71,10 +61,7 @@ fn a_request_of_an_earlier_activation_is_not_served_from_the_next() {
 #[test]
 fn a_request_that_takes_too_long_is_cut_off_and_leaves_no_half_page() {
     let mut rig = Rig::new("extent=page");
-    let mut request = rig
-        .pinner
-        .begin(rig.word(&[1, 320, 600, 1600]), Duration::ZERO)
-        .unwrap();
+    let mut request = rig.pinner.begin(rig.word(&[1, 320, 600, 1600]), Duration::ZERO).unwrap();
     let clock = Hasty(AtomicU64::new(0), SECOND / 2);
     let result = loop {
         if let Step::Done(result) = rig.pinner.step(&mut request, &mut rig.scratch, &clock) {
@@ -83,11 +70,7 @@ fn a_request_that_takes_too_long_is_cut_off_and_leaves_no_half_page() {
     };
     assert_eq!(result, PinResult::TimedOut);
     rig.check_books();
-    let pinned: Vec<_> = (0..)
-        .zip(rig.leaves())
-        .filter(|(_, leaf)| leaf.bits() != 0)
-        .map(|(page, _)| page)
-        .collect();
+    let pinned: Vec<_> = (0..).zip(rig.leaves()).filter(|(_, leaf)| leaf.bits() != 0).map(|(page, _)| page).collect();
     assert_eq!(rig.mapped_pages(), pinned);
     assert!(pinned.len() < 4);
     assert_eq!(rig.pinner.counters().requests_timed_out, 1);
@@ -113,10 +96,7 @@ fn a_map_call_that_ends_after_the_time_is_taken_back() {
     let step = rig.pinner.step(&mut request, &mut rig.scratch, &Shared(clock));
     assert_eq!(step, Step::Done(PinResult::TimedOut));
     assert_eq!((rig.iommu.calls().map, rig.iommu.mappings()), (1, 0));
-    assert!(
-        rig.leaves().iter().all(|leaf| leaf.bits() == 0),
-        "the table is not written any more"
-    );
+    assert!(rig.leaves().iter().all(|leaf| leaf.bits() == 0), "the table is not written any more");
 }
 
 #[test]
@@ -153,24 +133,15 @@ fn one_bad_page_does_not_spoil_the_others() {
 #[test]
 fn an_aligned_piece_that_cannot_be_mapped_is_tried_as_a_run() {
     let mut rig = Rig::new("extent=aligned=64k");
-    rig.iommu
-        .inject(|call| matches!(call, Call::Map { len, .. } if *len > 2 * PAGE).then_some(MapError::Fault));
+    rig.iommu.inject(|call| matches!(call, Call::Map { len, .. } if *len > 2 * PAGE).then_some(MapError::Fault));
     assert_eq!(rig.request(&[20, 21]), PinResult::Pinned);
     assert_eq!(rig.extents(), extents(&[(20, 2)]));
     rig.iommu.inject_nothing();
     assert_eq!(rig.request(&[24]), PinResult::Pinned);
-    assert_eq!(
-        rig.extents(),
-        extents(&[(20, 2), (22, 10)]),
-        "as far as it is not mapped"
-    );
+    assert_eq!(rig.extents(), extents(&[(20, 2), (22, 10)]), "as far as it is not mapped");
     assert!(rig.is_pinned(30), "speculative pages are PINNED too");
     assert_eq!(rig.request(&[299, 310]), PinResult::Pinned);
-    assert_eq!(
-        rig.extents(),
-        extents(&[(20, 2), (22, 10), (288, 12), (310, 10)]),
-        "no extent crosses a hole"
-    );
+    assert_eq!(rig.extents(), extents(&[(20, 2), (22, 10), (288, 12), (310, 10)]), "no extent crosses a hole");
 }
 
 #[test]
@@ -218,11 +189,7 @@ fn a_tick_stops_at_its_budget_and_the_next_goes_on() {
     assert_eq!(unpinned, [7, 7, 7, 7, 2]);
     let mut rig = Rig::new("extent=run");
     assert_eq!(rig.request(&pages), PinResult::Pinned);
-    assert_eq!(
-        rig.pinner.tick(Some(7)).unpinned_pages,
-        10,
-        "an extent goes whole, be it larger than the budget"
-    );
+    assert_eq!(rig.pinner.tick(Some(7)).unpinned_pages, 10, "an extent goes whole, be it larger than the budget");
 }
 
 #[test]
@@ -328,13 +295,9 @@ fn parking_nests_and_stops_ticks_and_forced_unpins() {
     assert_eq!((report.parked, report.not_pinned, hold.is_none()), (1, 3, true));
     assert!(rig.clock.now() - started >= SECOND, "it waits for the park to end");
     let unpin = rig.pinner.begin_unpin(Gpa::new(PAGE), PAGE, &rig.clock);
-    let UnpinStep::Wait(unpin) = rig.pinner.step_unpin(unpin, &rig.clock) else {
-        panic!("it does not wait")
-    };
+    let UnpinStep::Wait(unpin) = rig.pinner.step_unpin(unpin, &rig.clock) else { panic!("it does not wait") };
     rig.pinner.unpark();
-    let UnpinStep::Done(report, Some(_hold)) = rig.pinner.step_unpin(unpin, &rig.clock) else {
-        panic!("not done")
-    };
+    let UnpinStep::Done(report, Some(_hold)) = rig.pinner.step_unpin(unpin, &rig.clock) else { panic!("not done") };
     assert_eq!(report.released, 1);
     rig.pinner.unpark();
     rig.pinner.unpark();
@@ -352,11 +315,7 @@ fn a_held_range_is_not_pinned_until_it_is_let_go() {
     assert_eq!(rig.iommu.mapped_bytes(), 0, "extents go whole");
     assert!(!rig.map(&[5]), "a held page is answered with PINNED clear");
     assert!(rig.map(&[7]));
-    assert_eq!(
-        rig.extents(),
-        extents(&[(6, 294)]),
-        "no extent reaches into what is held"
-    );
+    assert_eq!(rig.extents(), extents(&[(6, 294)]), "no extent reaches into what is held");
     drop(hold);
     assert!(rig.map(&[5]));
     assert_eq!(rig.extents(), extents(&[(0, 6), (6, 294)]));
@@ -370,11 +329,7 @@ fn a_tick_goes_by_the_table_a_drain_does_not() {
     assert_eq!(rig.iommu.mappings(), 0);
     assert!(rig.is_pinned(1), "a reset does not write the table");
     rig.pinner.activate(rig.guest.dtt().root(), 4).unwrap();
-    assert_eq!(
-        rig.request(&[1]),
-        PinResult::Pinned,
-        "PINNED is a message: the pin map says that it is not"
-    );
+    assert_eq!(rig.request(&[1]), PinResult::Pinned, "PINNED is a message: the pin map says that it is not");
     rig::drain(&rig);
     assert!(!rig.is_pinned(1), "a DEACTIVATE clears it");
 }
@@ -399,6 +354,26 @@ fn ram_that_goes_and_returns_is_mapped_again() {
 }
 
 #[test]
+fn a_forced_unpin_sees_what_returns_behind_it() {
+    let mut rig = Rig::new("extent=run");
+    assert!(rig.map(&[320, 321]));
+    rig.remove(1).unwrap();
+    // It has passed all blocks, but the RAM is just going: it is not done.
+    let unpin = rig.pinner.begin_unpin(Gpa::new(310 * PAGE), 20 * PAGE, &rig.clock);
+    rig.add(&Arc::clone(&rig.ram[1])).unwrap();
+    assert!(rig.iommu.is_mapped(320 * PAGE, 2 * PAGE), "in use, so it is mapped again, held or not");
+    let mut step = UnpinStep::More(unpin);
+    let (report, hold) = loop {
+        step = match step {
+            UnpinStep::More(unpin) | UnpinStep::Wait(unpin) => rig.pinner.step_unpin(unpin, &rig.clock),
+            UnpinStep::Done(report, hold) => break (report, hold),
+        };
+    };
+    assert_eq!((report.busy, report.not_pinned, hold.is_none()), (2, 18, true));
+    assert!(rig.is_pinned(320));
+}
+
+#[test]
 fn a_request_for_ram_that_went_waits_a_second() {
     let mut rig = Rig::new("extent=run");
     rig.remove(1).unwrap();
@@ -417,24 +392,14 @@ fn a_request_for_ram_that_went_waits_a_second() {
         assert_eq!(rig.force(&(2..3)).0.not_pinned, 1);
     }
     rig.add(&Arc::clone(&rig.ram[1])).unwrap();
-    assert_eq!(
-        rig.pinner.step(&mut request, &mut rig.scratch, &rig.clock),
-        Step::Done(PinResult::Pinned)
-    );
+    assert_eq!(rig.pinner.step(&mut request, &mut rig.scratch, &rig.clock), Step::Done(PinResult::Pinned));
     assert!(rig.is_pinned(320));
     rig.remove(1).unwrap();
     let mut request = rig.pinner.begin(rig.word(&[1, 321]), rig.clock.now()).unwrap();
     assert_eq!(rig.pinner.step(&mut request, &mut rig.scratch, &rig.clock), Step::Wait);
     rig.clock.pass(SECOND);
-    assert_eq!(
-        rig.pinner.step(&mut request, &mut rig.scratch, &rig.clock),
-        Step::Done(PinResult::Failed)
-    );
-    assert_eq!(
-        rig.request(&[305]),
-        PinResult::Failed,
-        "what never was RAM is not waited for"
-    );
+    assert_eq!(rig.pinner.step(&mut request, &mut rig.scratch, &rig.clock), Step::Done(PinResult::Failed));
+    assert_eq!(rig.request(&[305]), PinResult::Failed, "what never was RAM is not waited for");
 }
 
 #[test]
@@ -443,19 +408,10 @@ fn regions_are_checked_when_they_come_and_go() {
     let rig = Rig::with_iommu("", iommu);
     let region = |gfns: Range<u64>| rig::ram(&gfns);
     assert!(matches!(rig.add(&region(299..310)), Err(RegionError::Overlaps { .. })));
-    assert!(matches!(
-        rig.add(&region(4000..4100)),
-        Err(RegionError::OutsideIommu { .. })
-    ));
+    assert!(matches!(rig.add(&region(4000..4100)), Err(RegionError::OutsideIommu { .. })));
     rig.add(&region(300..310)).unwrap();
-    assert!(matches!(
-        rig.pinner.remove_region(Gpa::new(0), 299 * PAGE),
-        Err(RegionError::Unknown { .. })
-    ));
-    assert!(matches!(
-        rig.pinner.remove_region(Gpa::new(1), PAGE),
-        Err(RegionError::Unknown { .. })
-    ));
+    assert!(matches!(rig.pinner.remove_region(Gpa::new(0), 299 * PAGE), Err(RegionError::Unknown { .. })));
+    assert!(matches!(rig.pinner.remove_region(Gpa::new(1), PAGE), Err(RegionError::Unknown { .. })));
     rig.remove(0).unwrap();
     assert!(matches!(rig.remove(0), Err(RegionError::Unknown { .. })));
 }
@@ -486,15 +442,10 @@ fn a_pinner_that_is_dropped_leaves_nothing_mapped() {
 
 #[test]
 fn an_iommu_without_small_pages_is_refused() {
-    let iommu = SoftIommu::builder()
-        .page_sizes(std::num::NonZeroU64::new(1 << 16).unwrap())
-        .build();
+    let iommu = SoftIommu::builder().page_sizes(std::num::NonZeroU64::new(1 << 16).unwrap()).build();
     let memory = Arc::new(GuestMemoryMmap::<()>::new());
     let config = PinnerConfig::new("".parse().unwrap(), vec![]);
-    assert_eq!(
-        Pinner::new(memory, Arc::new(iommu), config).unwrap_err(),
-        PinnerError::PageSize(1 << 16)
-    );
+    assert_eq!(Pinner::new(memory, Arc::new(iommu), config).unwrap_err(), PinnerError::PageSize(1 << 16));
 }
 
 /// A mapper that does nothing, for what would be much memory.
@@ -512,11 +463,7 @@ impl DmaMapper for Nothing {
     }
 
     fn limits(&self) -> Limits {
-        Limits {
-            page_sizes: PAGE,
-            iova_ranges: vec![0..=u64::MAX],
-            mappings_left: None,
-        }
+        Limits { page_sizes: PAGE, iova_ranges: vec![0..=u64::MAX], mappings_left: None }
     }
 }
 

@@ -211,10 +211,8 @@ impl SoftIommu {
     /// All mappings as (iova, bytes), ascending, as of one moment.
     #[must_use]
     pub fn snapshot(&self) -> Vec<(u64, u64)> {
-        let mut mappings: Vec<_> = sync::read(&self.table)
-            .within(Span::ALL)
-            .map(|(iova, host)| (iova, host.len() as u64))
-            .collect();
+        let mut mappings: Vec<_> =
+            sync::read(&self.table).within(Span::ALL).map(|(iova, host)| (iova, host.len() as u64)).collect();
         mappings.sort_unstable();
         mappings
     }
@@ -222,10 +220,7 @@ impl SoftIommu {
     /// How often the mapper was called so far.
     #[must_use]
     pub fn calls(&self) -> Calls {
-        Calls {
-            map: self.map_calls.load(Ordering::Relaxed),
-            unmap: self.unmap_calls.load(Ordering::Relaxed),
-        }
+        Calls { map: self.map_calls.load(Ordering::Relaxed), unmap: self.unmap_calls.load(Ordering::Relaxed) }
     }
 }
 
@@ -236,9 +231,7 @@ impl SoftIommu {
 
     /// The kernel looks for one range that holds all of the mapping.
     fn allows(&self, span: Span) -> bool {
-        self.iova_ranges
-            .iter()
-            .any(|range| *range.start() <= span.first() && span.last() <= *range.end())
+        self.iova_ranges.iter().any(|range| *range.start() <= span.first() && span.last() <= *range.end())
     }
 }
 

@@ -33,11 +33,7 @@ impl Ask<'_> {
     fn page(self, n: u64) -> Self {
         let offset = usize::try_from(n * PAGE).unwrap();
         let hva = self.backing.hva.map_addr(|hva| hva.checked_add(offset).unwrap());
-        Self {
-            iova: self.iova + n * PAGE,
-            backing: Backing { hva, file: None },
-            len: PAGE,
-        }
+        Self { iova: self.iova + n * PAGE, backing: Backing { hva, file: None }, len: PAGE }
     }
 }
 
@@ -60,32 +56,20 @@ const SOUND: Flaw = Flaw {
 };
 
 const FLAWS: &[Flaw] = &[
-    Flaw {
-        what: "maps nothing",
-        case: "map::makes_every_byte_reachable",
-        map: |_, _| Ok(()),
-        ..SOUND
-    },
+    Flaw { what: "maps nothing", case: "map::makes_every_byte_reachable", map: |_, _| Ok(()), ..SOUND },
     Flaw {
         what: "maps the neighbouring memory",
         case: "map::reaches_the_backing_it_was_given",
         map: |iommu, ask| {
             let hva = ask.backing.hva.map_addr(|hva| (hva.get() ^ 4096).try_into().unwrap());
-            Ask {
-                backing: Backing { hva, file: None },
-                ..ask
-            }
-            .map(iommu)
+            Ask { backing: Backing { hva, file: None }, ..ask }.map(iommu)
         },
         ..SOUND
     },
     Flaw {
         what: "takes an overlap for success",
         case: "map::refuses_any_overlap",
-        map: |iommu, ask| {
-            ask.map(iommu)
-                .or_else(|error| if error == MapError::Exists { Ok(()) } else { Err(error) })
-        },
+        map: |iommu, ask| ask.map(iommu).or_else(|error| if error == MapError::Exists { Ok(()) } else { Err(error) }),
         ..SOUND
     },
     Flaw {
@@ -122,13 +106,8 @@ const FLAWS: &[Flaw] = &[
         what: "refuses memory that is mapped already",
         case: "map::takes_the_same_memory_twice",
         map: |iommu, ask| {
-            let hvas = iommu
-                .snapshot()
-                .into_iter()
-                .map(|(iova, _)| iommu.translate(iova, Access::Read));
-            let twice = hvas
-                .into_iter()
-                .any(|found| found.is_ok_and(|found| found.hva == ask.backing.hva));
+            let hvas = iommu.snapshot().into_iter().map(|(iova, _)| iommu.translate(iova, Access::Read));
+            let twice = hvas.into_iter().any(|found| found.is_ok_and(|found| found.hva == ask.backing.hva));
             if twice { Err(MapError::Exists) } else { ask.map(iommu) }
         },
         ..SOUND
@@ -152,13 +131,7 @@ const FLAWS: &[Flaw] = &[
         what: "takes a shortage of mappings for one of memory",
         case: "limits::end_in_no_entries_and_recover",
         map: |iommu, ask| {
-            ask.map(iommu).map_err(|error| {
-                if error == MapError::NoEntries {
-                    MapError::NoMemory
-                } else {
-                    error
-                }
-            })
+            ask.map(iommu).map_err(|error| if error == MapError::NoEntries { MapError::NoMemory } else { error })
         },
         ..SOUND
     },
@@ -187,10 +160,8 @@ const FLAWS: &[Flaw] = &[
         what: "unmaps the first mapping only",
         case: "unmap::covers_mappings_and_holes",
         unmap: |iommu, iova, len| {
-            let first = iommu
-                .snapshot()
-                .into_iter()
-                .find(|(start, _)| (iova..iova.saturating_add(len)).contains(start));
+            let first =
+                iommu.snapshot().into_iter().find(|(start, _)| (iova..iova.saturating_add(len)).contains(start));
             first.map_or(Ok(0), |(iova, len)| iommu.unmap(iova, len))
         },
         ..SOUND
@@ -200,12 +171,7 @@ const FLAWS: &[Flaw] = &[
         case: "unmap::never_cuts",
         unmap: |iommu, iova, len| {
             let touched = |&(start, bytes): &(u64, u64)| start < iova.saturating_add(len) && iova < start + bytes;
-            iommu
-                .snapshot()
-                .into_iter()
-                .filter(touched)
-                .map(|(iova, len)| iommu.unmap(iova, len))
-                .sum()
+            iommu.snapshot().into_iter().filter(touched).map(|(iova, len)| iommu.unmap(iova, len)).sum()
         },
         ..SOUND
     },
@@ -216,11 +182,7 @@ const FLAWS: &[Flaw] = &[
             let covered = |&(start, bytes): &(u64, u64)| iova <= start && start + bytes <= iova.saturating_add(len);
             iommu.unmap(iova, len).inspect_err(|_| {
                 let snapshot = iommu.snapshot();
-                let _: u64 = snapshot
-                    .into_iter()
-                    .filter(covered)
-                    .flat_map(|(iova, len)| iommu.unmap(iova, len))
-                    .sum();
+                let _: u64 = snapshot.into_iter().filter(covered).flat_map(|(iova, len)| iommu.unmap(iova, len)).sum();
             })
         },
         ..SOUND
@@ -234,10 +196,7 @@ const FLAWS: &[Flaw] = &[
     Flaw {
         what: "never says that mappings were used",
         case: "limits::count_every_mapping",
-        limits: |iommu| Limits {
-            mappings_left: Some(65_535),
-            ..iommu.limits()
-        },
+        limits: |iommu| Limits { mappings_left: Some(65_535), ..iommu.limits() },
         ..SOUND
     },
     Flaw {
@@ -280,11 +239,7 @@ const FLAWS: &[Flaw] = &[
         case: "unmap::makes_room_to_map_again",
         map: |iommu, ask| {
             let forgotten = iommu.calls().unmap > 0 && iommu.mappings() == 0;
-            if forgotten {
-                Err(MapError::Exists)
-            } else {
-                ask.map(iommu)
-            }
+            if forgotten { Err(MapError::Exists) } else { ask.map(iommu) }
         },
         ..SOUND
     },
@@ -304,9 +259,7 @@ const FLAWS: &[Flaw] = &[
         unmap: |iommu, iova, len| {
             let bytes = iommu.unmap(iova, len)?;
             let others = iommu.snapshot();
-            others
-                .into_iter()
-                .try_for_each(|(iova, len)| iommu.unmap(iova, len).map(drop))?;
+            others.into_iter().try_for_each(|(iova, len)| iommu.unmap(iova, len).map(drop))?;
             Ok(bytes)
         },
         ..SOUND
@@ -339,10 +292,7 @@ impl DmaMapper for Flawed {
 }
 
 fn notices(case: &str, flaw: Flaw) -> bool {
-    let case = CASES
-        .iter()
-        .find(|known| known.name == case)
-        .unwrap_or_else(|| panic!("no case {case}"));
+    let case = CASES.iter().find(|known| known.name == case).unwrap_or_else(|| panic!("no case {case}"));
     let bed = SoftBed::new(move |iommu| Arc::new(Flawed { iommu, flaw }));
     catch_unwind(AssertUnwindSafe(|| (case.run)(&bed).unwrap())).is_err()
 }
@@ -350,12 +300,7 @@ fn notices(case: &str, flaw: Flaw) -> bool {
 #[test]
 fn a_case_notices_each_flaw() {
     for flaw in FLAWS {
-        assert!(
-            notices(flaw.case, *flaw),
-            "{} does not notice a mapper that {}",
-            flaw.case,
-            flaw.what
-        );
+        assert!(notices(flaw.case, *flaw), "{} does not notice a mapper that {}", flaw.case, flaw.what);
     }
 }
 
@@ -368,12 +313,6 @@ fn no_case_finds_fault_with_a_sound_mapper() {
 
 #[test]
 fn each_case_has_a_flaw_to_notice() {
-    let idle: Vec<_> = CASES
-        .iter()
-        .filter(|case| FLAWS.iter().all(|flaw| flaw.case != case.name))
-        .collect();
-    assert!(
-        idle.is_empty(),
-        "no flaw shows that these are good for anything: {idle:?}"
-    );
+    let idle: Vec<_> = CASES.iter().filter(|case| FLAWS.iter().all(|flaw| flaw.case != case.name)).collect();
+    assert!(idle.is_empty(), "no flaw shows that these are good for anything: {idle:?}");
 }

@@ -64,11 +64,7 @@ fn limit(most: u64) -> impl Strategy<Value = Option<u64>> {
 }
 
 fn error() -> impl Strategy<Value = MapError> {
-    prop_oneof![
-        Just(MapError::NoMemory),
-        Just(MapError::Exists),
-        Just(MapError::Other(5))
-    ]
+    prop_oneof![Just(MapError::NoMemory), Just(MapError::Exists), Just(MapError::Other(5))]
 }
 
 fn access() -> impl Strategy<Value = Access> {
@@ -101,11 +97,7 @@ struct Range {
 
 impl Range {
     fn new(iova: u64, len: u64, memory: u64) -> Self {
-        Self {
-            first: iova.into(),
-            end: u128::from(iova) + u128::from(len),
-            memory: memory.into(),
-        }
+        Self { first: iova.into(), end: u128::from(iova) + u128::from(len), memory: memory.into() }
     }
 
     fn overlaps(&self, other: &Self) -> bool {
@@ -132,11 +124,7 @@ struct Model {
 impl Model {
     fn iova_ranges(base: u64) -> [RangeInclusive<u64>; 3] {
         let at = |page| base + page * PAGE;
-        [
-            base..=at(SEAM) - 1,
-            at(SEAM)..=at(*GAP.start()) - 1,
-            at(GAP.end() + 1)..=at(PAGES - 1) + (PAGE - 1),
-        ]
+        [base..=at(SEAM) - 1, at(SEAM)..=at(*GAP.start()) - 1, at(GAP.end() + 1)..=at(PAGES - 1) + (PAGE - 1)]
     }
 
     fn map(&mut self, iova: u64, len: u64, memory: u64) -> Result<(), MapError> {
@@ -162,10 +150,7 @@ impl Model {
         if !Self::iova_ranges(self.base).iter().any(allowed) {
             return Err(MapError::Invalid);
         }
-        if self
-            .pinned_limit
-            .is_some_and(|limit| self.mapped_bytes() + new.len() > limit.into())
-        {
+        if self.pinned_limit.is_some_and(|limit| self.mapped_bytes() + new.len() > limit.into()) {
             return Err(MapError::NoMemory);
         }
         self.ranges.push(new);
@@ -182,10 +167,7 @@ impl Model {
             return Err(MapError::Invalid);
         }
         let touched = self.ranges.iter().filter(|range| range.overlaps(&gone));
-        if touched
-            .clone()
-            .any(|range| range.first < gone.first || range.end > gone.end)
-        {
+        if touched.clone().any(|range| range.first < gone.first || range.end > gone.end) {
             return Err(MapError::Invalid);
         }
         let bytes: u128 = touched.map(Range::len).sum();
@@ -200,10 +182,7 @@ impl Model {
     /// Where a byte leads: in memory, and how far on from there.
     fn find(&self, iova: u64) -> Option<(usize, u64)> {
         let iova = iova.into();
-        let range = self
-            .ranges
-            .iter()
-            .find(|range| (range.first..range.end).contains(&iova))?;
+        let range = self.ranges.iter().find(|range| (range.first..range.end).contains(&iova))?;
         let memory = usize::try_from(range.memory + iova - range.first).unwrap();
         Some((memory, u64::try_from(range.end - iova).unwrap()))
     }
@@ -245,10 +224,7 @@ impl Pair {
         let len = usize::try_from((MEMORY_PAGES + PAGES) * PAGE).unwrap();
         let memory = MmapRegion::<()>::new(len).unwrap();
         let mut bytes = vec![0; len];
-        bytes
-            .chunks_mut(512)
-            .zip(1u32..)
-            .for_each(|(chunk, n)| chunk[..4].copy_from_slice(&n.to_le_bytes()));
+        bytes.chunks_mut(512).zip(1u32..).for_each(|(chunk, n)| chunk[..4].copy_from_slice(&n.to_le_bytes()));
         memory.get_slice(0, len).unwrap().write_slice(&bytes, 0).unwrap();
         let model = Model {
             base,
@@ -261,11 +237,7 @@ impl Pair {
             fail_unmaps: (0, MapError::Invalid),
             faults: Vec::new(),
         };
-        Self {
-            memory,
-            iommu: SoftIommu::builder().iova_ranges(Model::iova_ranges(base)).build(),
-            model,
-        }
+        Self { memory, iommu: SoftIommu::builder().iova_ranges(Model::iova_ranges(base)).build(), model }
     }
 
     fn map(&self, iova: u64, len: u64, memory: u64) -> Result<(), MapError> {
@@ -306,10 +278,7 @@ impl Pair {
                 let bytes: Vec<u8> = (byte..=u8::MAX).cycle().take(len).collect();
                 let result = self.iommu.write(at(iova), &bytes);
                 let (places, wanted) = self.model.access(at(iova), len, Access::Write);
-                places
-                    .into_iter()
-                    .zip(bytes)
-                    .for_each(|(place, byte)| self.model.memory[place] = byte);
+                places.into_iter().zip(bytes).for_each(|(place, byte)| self.model.memory[place] = byte);
                 prop_assert_eq!(result, wanted);
             }
             Op::EntryLimit(limit) => {
@@ -343,12 +312,8 @@ impl Pair {
     }
 
     fn compare_all(&self) -> Result<(), TestCaseError> {
-        let mut mappings: Vec<(u128, u128)> = self
-            .model
-            .ranges
-            .iter()
-            .map(|range| (range.first, range.len()))
-            .collect();
+        let mut mappings: Vec<(u128, u128)> =
+            self.model.ranges.iter().map(|range| (range.first, range.len())).collect();
         mappings.sort_unstable();
         let snapshot = self.iommu.snapshot();
         let snapshot: Vec<(u128, u128)> = snapshot.iter().map(|&(iova, len)| (iova.into(), len.into())).collect();
@@ -356,20 +321,14 @@ impl Pair {
         for first in 0..PAGES {
             let pages = 1 + first % 7;
             let iova = self.model.base + first * PAGE;
-            let mapped = (0..pages).filter(|n| {
-                iova.checked_add(n * PAGE)
-                    .is_some_and(|iova| self.model.find(iova).is_some())
-            });
+            let mapped =
+                (0..pages).filter(|n| iova.checked_add(n * PAGE).is_some_and(|iova| self.model.find(iova).is_some()));
             let mapped = mapped.count() as u64;
             prop_assert_eq!(self.iommu.mapped_bytes_in(iova, pages * PAGE), mapped * PAGE);
             prop_assert_eq!(self.iommu.is_mapped(iova, pages * PAGE), mapped == pages);
         }
         let mut memory = vec![0; self.model.memory.len()];
-        self.memory
-            .get_slice(0, memory.len())
-            .unwrap()
-            .read_slice(&mut memory, 0)
-            .unwrap();
+        self.memory.get_slice(0, memory.len()).unwrap().read_slice(&mut memory, 0).unwrap();
         prop_assert!(memory == self.model.memory, "a device wrote something else");
         prop_assert_eq!(self.iommu.faults(), &self.model.faults[..]);
         Ok(())

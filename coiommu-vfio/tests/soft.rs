@@ -28,10 +28,7 @@ impl Guest {
         let memory = MmapRegion::<()>::new(len).unwrap();
         let bytes: Vec<u8> = (0..=250).cycle().take(len).collect();
         memory.get_slice(0, len).unwrap().write_slice(&bytes, 0).unwrap();
-        Self {
-            memory,
-            iommu: Arc::new(iommu),
-        }
+        Self { memory, iommu: Arc::new(iommu) }
     }
 
     fn plain() -> Self {
@@ -46,10 +43,7 @@ impl Guest {
     /// Any address: what is not the guest's is to be refused.
     fn map_hva(&self, iova: u64, hva: usize, len: u64) -> Result<(), MapError> {
         let start = NonNull::new(self.memory.as_ptr()).unwrap();
-        let backing = Backing {
-            hva: start.with_addr(NonZeroUsize::new(hva).unwrap()),
-            file: None,
-        };
+        let backing = Backing { hva: start.with_addr(NonZeroUsize::new(hva).unwrap()), file: None };
         // SAFETY: the tests touch what they map through vm-memory only, and only while the guest is there.
         unsafe { self.iommu.map(iova, backing, len) }
     }
@@ -74,60 +68,25 @@ mod checks {
     #[test]
     fn come_in_the_kernels_order() {
         const NULL: usize = 0x8000;
-        let iommu = SoftIommu::builder()
-            .iova_ranges([0..=0xf_ffff])
-            .entry_limit(Some(2))
-            .build();
+        let iommu = SoftIommu::builder().iova_ranges([0..=0xf_ffff]).entry_limit(Some(2)).build();
         let guest = Guest::new(iommu);
         let hva = guest.memory.as_ptr().addr();
         guest.map(0, 0, PAGE).unwrap();
 
-        assert_eq!(
-            guest.map_hva(0, hva + 1, PAGE),
-            Err(MapError::Invalid),
-            "shape before overlap"
-        );
-        assert_eq!(
-            guest.map_hva(0, NULL, PAGE),
-            Err(MapError::Exists),
-            "overlap before address"
-        );
-        assert_eq!(
-            guest.map_hva(0x10_0000, NULL, PAGE),
-            Err(MapError::Invalid),
-            "iova range before address"
-        );
+        assert_eq!(guest.map_hva(0, hva + 1, PAGE), Err(MapError::Invalid), "shape before overlap");
+        assert_eq!(guest.map_hva(0, NULL, PAGE), Err(MapError::Exists), "overlap before address");
+        assert_eq!(guest.map_hva(0x10_0000, NULL, PAGE), Err(MapError::Invalid), "iova range before address");
 
         guest.map(PAGE, 0, PAGE).unwrap();
         assert_eq!(guest.map(0, 0, PAGE), Err(MapError::Exists), "overlap before entries");
-        assert_eq!(
-            guest.map(0xf_f000, 0, 2 * PAGE),
-            Err(MapError::NoEntries),
-            "entries before iova range"
-        );
-        assert_eq!(
-            guest.map_hva(2 * PAGE, NULL, PAGE),
-            Err(MapError::NoEntries),
-            "entries before address"
-        );
+        assert_eq!(guest.map(0xf_f000, 0, 2 * PAGE), Err(MapError::NoEntries), "entries before iova range");
+        assert_eq!(guest.map_hva(2 * PAGE, NULL, PAGE), Err(MapError::NoEntries), "entries before address");
 
         guest.iommu.set_entry_limit(None);
         guest.iommu.set_pinned_limit(Some(2 * PAGE));
-        assert_eq!(
-            guest.map(0x10_0000, 0, PAGE),
-            Err(MapError::Invalid),
-            "iova range before memory"
-        );
-        assert_eq!(
-            guest.map_hva(2 * PAGE, NULL, PAGE),
-            Err(MapError::Fault),
-            "a page before the room for it"
-        );
-        assert_eq!(
-            guest.iommu.snapshot(),
-            [(0, PAGE), (PAGE, PAGE)],
-            "what fails changes nothing"
-        );
+        assert_eq!(guest.map(0x10_0000, 0, PAGE), Err(MapError::Invalid), "iova range before memory");
+        assert_eq!(guest.map_hva(2 * PAGE, NULL, PAGE), Err(MapError::Fault), "a page before the room for it");
+        assert_eq!(guest.iommu.snapshot(), [(0, PAGE), (PAGE, PAGE)], "what fails changes nothing");
     }
 
     /// The kernel pins page by page, so it is the first obstacle that counts.
@@ -136,17 +95,9 @@ mod checks {
         const USER_END: usize = 1 << 56;
         let guest = Guest::plain();
         let two_pages_left = USER_END - 0x2000;
-        for (limit, error) in [
-            (PAGE, MapError::NoMemory),
-            (2 * PAGE, MapError::Fault),
-            (3 * PAGE, MapError::Fault),
-        ] {
+        for (limit, error) in [(PAGE, MapError::NoMemory), (2 * PAGE, MapError::Fault), (3 * PAGE, MapError::Fault)] {
             guest.iommu.set_pinned_limit(Some(limit));
-            assert_eq!(
-                guest.map_hva(0, two_pages_left, 3 * PAGE),
-                Err(error),
-                "limit {limit:#x}"
-            );
+            assert_eq!(guest.map_hva(0, two_pages_left, 3 * PAGE), Err(error), "limit {limit:#x}");
         }
     }
 
@@ -159,11 +110,7 @@ mod checks {
         assert_eq!(guest.map(last, 0, 2 * PAGE), Err(MapError::Invalid));
         assert_eq!(guest.iommu.unmap(last, 2 * PAGE), Err(MapError::Invalid));
         assert!(guest.iommu.is_mapped(last, PAGE));
-        assert_eq!(
-            guest.iommu.mapped_bytes_in(last, 2 * PAGE),
-            PAGE,
-            "nothing is mapped past the end"
-        );
+        assert_eq!(guest.iommu.mapped_bytes_in(last, 2 * PAGE), PAGE, "nothing is mapped past the end");
         let found = guest.iommu.translate(u64::MAX, Access::Write).unwrap();
         assert_eq!(found.hva.addr().get(), guest.memory.as_ptr().addr() + 0x1fff);
         assert_eq!(found.len, 1);
@@ -173,19 +120,11 @@ mod checks {
     #[test]
     fn want_one_iova_range_around_a_mapping() {
         let guest = Guest::new(SoftIommu::builder().iova_ranges([0x2000..=0x2fff, 0..=0x1fff]).build());
-        assert_eq!(
-            guest.iommu.limits().iova_ranges,
-            [0..=0x1fff, 0x2000..=0x2fff],
-            "sorted"
-        );
+        assert_eq!(guest.iommu.limits().iova_ranges, [0..=0x1fff, 0x2000..=0x2fff], "sorted");
         assert_eq!(guest.map(0x1000, 0, 2 * PAGE), Err(MapError::Invalid));
         assert_eq!(guest.map(0x1000, 0, PAGE), Ok(()));
         assert_eq!(guest.map(0x2000, 0, PAGE), Ok(()));
-        assert_eq!(
-            guest.iommu.unmap(0x1000, 2 * PAGE),
-            Ok(2 * PAGE),
-            "an unmap does not look at them"
-        );
+        assert_eq!(guest.iommu.unmap(0x1000, 2 * PAGE), Ok(2 * PAGE), "an unmap does not look at them");
         assert_eq!(guest.iommu.unmap(0x8000, PAGE), Ok(0));
     }
 
@@ -223,11 +162,7 @@ mod limits {
         guest.iommu.set_entry_limit(Some(3));
         assert_eq!(guest.iommu.limits().mappings_left, Some(0));
         guest.iommu.unmap(0, PAGE).unwrap();
-        assert_eq!(
-            guest.map(0, 0, PAGE),
-            Err(MapError::NoEntries),
-            "three of three are left"
-        );
+        assert_eq!(guest.map(0, 0, PAGE), Err(MapError::NoEntries), "three of three are left");
         guest.iommu.unmap(PAGE, PAGE).unwrap();
         assert_eq!(guest.map(0, 0, PAGE), Ok(()));
     }
@@ -290,31 +225,13 @@ mod device {
         let mut got = vec![0xee; len];
         assert_eq!(guest.iommu.read(PAGE, &mut got), fault(2 * PAGE, Access::Read));
         assert_eq!(got[..mapped], Guest::bytes(0, PAGE));
-        assert!(
-            got[mapped..].iter().all(|byte| *byte == 0xee),
-            "the page behind the hole was read"
-        );
+        assert!(got[mapped..].iter().all(|byte| *byte == 0xee), "the page behind the hole was read");
 
-        assert_eq!(
-            guest.iommu.write(PAGE, &vec![0xdd; len]),
-            fault(2 * PAGE, Access::Write)
-        );
+        assert_eq!(guest.iommu.write(PAGE, &vec![0xdd; len]), fault(2 * PAGE, Access::Write));
         let mut memory = vec![0; 2 * mapped];
-        guest
-            .memory
-            .get_slice(0, memory.len())
-            .unwrap()
-            .read_slice(&mut memory, 0)
-            .unwrap();
-        assert!(
-            memory[..mapped].iter().all(|byte| *byte == 0xdd),
-            "the page before the hole was not written"
-        );
-        assert_eq!(
-            memory[mapped..],
-            Guest::bytes(PAGE, PAGE),
-            "the page behind the hole was written"
-        );
+        guest.memory.get_slice(0, memory.len()).unwrap().read_slice(&mut memory, 0).unwrap();
+        assert!(memory[..mapped].iter().all(|byte| *byte == 0xdd), "the page before the hole was not written");
+        assert_eq!(memory[mapped..], Guest::bytes(PAGE, PAGE), "the page behind the hole was written");
     }
 
     #[test]
@@ -323,10 +240,7 @@ mod device {
         guest.map(PAGE.wrapping_neg(), 0, PAGE).unwrap();
         guest.map(0, PAGE, PAGE).unwrap();
         let mut got = [0xee; 3];
-        assert_eq!(
-            guest.iommu.read(u64::MAX - 1, &mut got),
-            fault(u64::MAX - 1, Access::Read)
-        );
+        assert_eq!(guest.iommu.read(u64::MAX - 1, &mut got), fault(u64::MAX - 1, Access::Read));
         assert_eq!(got, [0xee; 3]);
         assert_eq!(guest.iommu.read(u64::MAX - 2, &mut got), Ok(()));
         assert_eq!(got, Guest::bytes(PAGE - 3, 3)[..]);
@@ -345,12 +259,7 @@ mod device {
         let guest = Guest::plain();
         let extra = 10;
         let faults: Vec<_> = (0..FAULTS_KEPT as u64 + extra)
-            .map(|n| {
-                guest
-                    .iommu
-                    .translate(n, if n % 2 == 0 { Access::Read } else { Access::Write })
-                    .unwrap_err()
-            })
+            .map(|n| guest.iommu.translate(n, if n % 2 == 0 { Access::Read } else { Access::Write }).unwrap_err())
             .collect();
         let newest = &faults[faults.len() - FAULTS_KEPT..];
         assert_eq!(guest.iommu.faults(), newest);
@@ -359,10 +268,7 @@ mod device {
         assert_eq!(guest.iommu.fault_count(), FAULTS_KEPT as u64 + extra);
         let fault = guest.iommu.write(0xabc_d000, &[0]).unwrap_err();
         assert_eq!(guest.iommu.faults(), [fault]);
-        assert_eq!(
-            fault.to_string(),
-            "nothing is mapped at iova 0xabcd000 for a device's write"
-        );
+        assert_eq!(fault.to_string(), "nothing is mapped at iova 0xabcd000 for a device's write");
     }
 }
 
@@ -382,10 +288,7 @@ mod injection {
         assert_eq!(guest.map(0x1001, 0, 7), Err(MapError::Invalid));
         assert_eq!(guest.iommu.unmap(0, 0), Err(MapError::Invalid));
         let wanted = [
-            Call::Map {
-                iova: 0x1000,
-                len: PAGE,
-            },
+            Call::Map { iova: 0x1000, len: PAGE },
             Call::Map { iova: 0x1001, len: 7 },
             Call::Unmap { iova: 0, len: 0 },
         ];
@@ -403,11 +306,7 @@ mod injection {
             Call::Unmap { .. } => Some(MapError::NoMemory),
         });
         assert_eq!(guest.map(0x5000, 0, PAGE), Err(MapError::Other(5)));
-        assert_eq!(
-            guest.map(0x5000, 0, 0),
-            Err(MapError::Other(5)),
-            "the hook comes before all checks"
-        );
+        assert_eq!(guest.map(0x5000, 0, 0), Err(MapError::Other(5)), "the hook comes before all checks");
         assert_eq!(guest.map(0x6000, 0, PAGE), Ok(()));
         assert_eq!(guest.iommu.unmap(0, 8 * PAGE), Err(MapError::NoMemory));
         assert_eq!(guest.iommu.snapshot(), [(0, PAGE), (0x6000, PAGE)]);
@@ -439,22 +338,13 @@ mod injection {
             let iommu = iommu.upgrade()?;
             let mut byte = [0];
             let read = iommu.read(7, &mut byte);
-            assert_eq!(
-                (read.is_ok(), byte[0]),
-                (iommu.is_mapped(0, 1), if read.is_ok() { 7 } else { 0 })
-            );
+            assert_eq!((read.is_ok(), byte[0]), (iommu.is_mapped(0, 1), if read.is_ok() { 7 } else { 0 }));
             assert!(format!("{iommu:?} {call:?}").contains("mappings"));
             None
         });
         assert_eq!(guest.iommu.unmap(0, PAGE), Ok(PAGE));
         assert_eq!(guest.iommu.unmap(0, PAGE), Ok(0));
-        assert_eq!(
-            guest.iommu.faults(),
-            [DmaFault {
-                iova: 7,
-                access: Access::Read
-            }]
-        );
+        assert_eq!(guest.iommu.faults(), [DmaFault { iova: 7, access: Access::Read }]);
     }
 
     #[test]

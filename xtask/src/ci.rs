@@ -49,11 +49,7 @@ enum Step {
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.list {
         for value in Step::value_variants().iter().filter_map(Step::to_possible_value) {
-            println!(
-                "{:8} {}",
-                value.get_name(),
-                value.get_help().cloned().unwrap_or_default()
-            );
+            println!("{:8} {}", value.get_name(), value.get_help().cloned().unwrap_or_default());
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -63,16 +59,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 
 /// What to run, in order and once each; nothing asked for is everything.
 fn selection(asked: &[Step], skip_tests: bool) -> Vec<Step> {
-    let asked = if asked.is_empty() {
-        Step::value_variants()
-    } else {
-        asked
-    };
-    let mut steps: Vec<_> = asked
-        .iter()
-        .copied()
-        .filter(|step| !(skip_tests && *step == Step::Test))
-        .collect();
+    let asked = if asked.is_empty() { Step::value_variants() } else { asked };
+    let mut steps: Vec<_> = asked.iter().copied().filter(|step| !(skip_tests && *step == Step::Test)).collect();
     steps.sort();
     steps.dedup();
     steps
@@ -80,9 +68,7 @@ fn selection(asked: &[Step], skip_tests: bool) -> Vec<Step> {
 
 impl Step {
     fn name(self) -> String {
-        self.to_possible_value()
-            .map(|value| value.get_name().to_owned())
-            .unwrap_or_default()
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 
     fn run(self) -> anyhow::Result<()> {
@@ -107,9 +93,7 @@ fn hygiene() -> anyhow::Result<()> {
         }
     }
     for member in members()? {
-        let path = member["manifest_path"]
-            .as_str()
-            .context("a member without a manifest path")?;
+        let path = member["manifest_path"].as_str().context("a member without a manifest path")?;
         let manifest = fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
         complaints.extend(not_inherited(&manifest).map(|key| format!("{path}: {key} is not inherited")));
     }
@@ -148,18 +132,13 @@ fn no_std() -> anyhow::Result<()> {
     if !Path::new(libdir.trim()).is_dir() {
         step::run(&format!("rustup target add {TARGET}"))?;
     }
-    step::run(&format!(
-        "cargo build -p coiommu-dtt --no-default-features --locked --target {TARGET}"
-    ))
+    step::run(&format!("cargo build -p coiommu-dtt --no-default-features --locked --target {TARGET}"))
 }
 
 fn test() -> anyhow::Result<()> {
     let readme = fs::read_to_string("README.md").context("cannot read README.md")?;
     let commands = readme_tests(&readme).context("README.md has no ```sh block after a line `<!-- ci: test -->`")?;
-    step::finish(
-        Command::new("bash").args(["-euo", "pipefail", "-c", commands]),
-        commands,
-    )
+    step::finish(Command::new("bash").args(["-euo", "pipefail", "-c", commands]), commands)
 }
 
 /// The commands by which the README says the workspace is tested; `.ci/run` looks for them in the same place.
@@ -173,14 +152,10 @@ fn msrv() -> anyhow::Result<()> {
     let toolchain = oldest_release(env!("CARGO_PKG_RUST_VERSION"));
     let installed = step::output("rustup toolchain list").context("this step needs rustup")?;
     if !installed.lines().any(|line| line.starts_with(&format!("{toolchain}-"))) {
-        step::run(&format!(
-            "rustup toolchain install {toolchain} --profile minimal --no-self-update"
-        ))?;
+        step::run(&format!("rustup toolchain install {toolchain} --profile minimal --no-self-update"))?;
     }
     // `cargo +VERSION` works only where `cargo` is rustup's.
-    step::run(&format!(
-        "rustup run {toolchain} cargo check --workspace --all-targets --all-features --locked"
-    ))
+    step::run(&format!("rustup run {toolchain} cargo check --workspace --all-targets --all-features --locked"))
 }
 
 /// The oldest release that a rust-version admits; rustup reads `1.95` as the newest 1.95.
@@ -194,19 +169,12 @@ fn oldest_release(rust_version: &str) -> String {
 
 fn doc() -> anyhow::Result<()> {
     let line = "cargo doc --workspace --no-deps --all-features --locked";
-    step::finish(
-        step::command(line).env("RUSTDOCFLAGS", "-D warnings"),
-        &format!("RUSTDOCFLAGS='-D warnings' {line}"),
-    )
+    step::finish(step::command(line).env("RUSTDOCFLAGS", "-D warnings"), &format!("RUSTDOCFLAGS='-D warnings' {line}"))
 }
 
 fn package() -> anyhow::Result<()> {
     let members = members()?;
-    let names: Vec<_> = members
-        .iter()
-        .filter(|member| is_library(member))
-        .filter_map(|m| m["name"].as_str())
-        .collect();
+    let names: Vec<_> = members.iter().filter(|member| is_library(member)).filter_map(|m| m["name"].as_str()).collect();
     if names.is_empty() {
         bail!("no library to package");
     }
@@ -220,18 +188,13 @@ fn package() -> anyhow::Result<()> {
 
 /// Has a library and may be published.
 fn is_library(member: &Value) -> bool {
-    let has_lib = member["targets"].as_array().into_iter().flatten().any(|target| {
-        target["kind"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .any(|kind| kind == "lib")
-    });
+    let has_lib = member["targets"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .any(|target| target["kind"].as_array().into_iter().flatten().any(|kind| kind == "lib"));
     // Null is anywhere, an empty list nowhere.
-    has_lib
-        && member["publish"]
-            .as_array()
-            .is_none_or(|registries| !registries.is_empty())
+    has_lib && member["publish"].as_array().is_none_or(|registries| !registries.is_empty())
 }
 
 /// The members of the workspace, as `cargo metadata` describes them.
@@ -264,10 +227,7 @@ mod tests {
     #[test]
     fn all_steps_unless_some_are_asked_for() {
         assert_eq!(parse(&[]).unwrap(), Step::value_variants());
-        assert_eq!(
-            parse(&["doc", "no_std", "fmt", "doc"]).unwrap(),
-            [Step::Fmt, Step::NoStd, Step::Doc]
-        );
+        assert_eq!(parse(&["doc", "no_std", "fmt", "doc"]).unwrap(), [Step::Fmt, Step::NoStd, Step::Doc]);
     }
 
     #[test]

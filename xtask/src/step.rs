@@ -28,11 +28,7 @@ pub(crate) fn run_all<S: Copy>(
         if let Err(error) = &result {
             eprintln!("{name}: {error:#}");
         }
-        outcomes.push(Outcome {
-            name,
-            took,
-            ok: result.is_ok(),
-        });
+        outcomes.push(Outcome { name, took, ok: result.is_ok() });
     }
     eprint!("\n{}", table(&outcomes));
     outcomes.iter().all(|outcome| outcome.ok)
@@ -48,11 +44,7 @@ fn table(outcomes: &[Outcome]) -> String {
         let result = if *ok { "ok" } else { "FAILED" };
         text += &format!("{name:width$}  {minutes:3} min {seconds:2}.{tenths} s  {result}\n");
     }
-    let failed: Vec<_> = outcomes
-        .iter()
-        .filter(|outcome| !outcome.ok)
-        .map(|outcome| outcome.name.as_str())
-        .collect();
+    let failed: Vec<_> = outcomes.iter().filter(|outcome| !outcome.ok).map(|outcome| outcome.name.as_str()).collect();
     if !failed.is_empty() {
         text += &format!("failed: {}\n", failed.join(", "));
     }
@@ -78,11 +70,7 @@ pub(crate) fn finish(command: &mut Command, line: &str) -> anyhow::Result<()> {
 pub(crate) fn output(line: &str) -> anyhow::Result<String> {
     let output = command(line).output().with_context(|| format!("cannot run `{line}`"))?;
     if !output.status.success() {
-        bail!(
-            "`{line}`: {}\n{}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr)
-        );
+        bail!("`{line}`: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
     }
     String::from_utf8(output.stdout).with_context(|| format!("`{line}` wrote something that is not UTF-8"))
 }
@@ -101,16 +89,8 @@ mod tests {
 
     #[test]
     fn table_names_what_failed() {
-        let outcome = |name: &str, millis, ok| Outcome {
-            name: name.into(),
-            took: Duration::from_millis(millis),
-            ok,
-        };
-        let outcomes = [
-            outcome("fmt", 40, true),
-            outcome("clippy", 83_950, false),
-            outcome("doc", 7_200_000, false),
-        ];
+        let outcome = |name: &str, millis, ok| Outcome { name: name.into(), took: Duration::from_millis(millis), ok };
+        let outcomes = [outcome("fmt", 40, true), outcome("clippy", 83_950, false), outcome("doc", 7_200_000, false)];
         assert_eq!(
             table(&outcomes),
             "fmt       0 min  0.0 s  ok\n\
@@ -139,12 +119,7 @@ mod tests {
     #[test]
     fn exit_status_is_the_result() {
         assert!(run("true").is_ok());
-        assert!(
-            run("false")
-                .unwrap_err()
-                .to_string()
-                .starts_with("`false`: exit status: 1")
-        );
+        assert!(run("false").unwrap_err().to_string().starts_with("`false`: exit status: 1"));
         assert!(run("no-such-program --at all").is_err());
         assert_eq!(output("echo a  b").unwrap(), "a b\n");
         assert!(output("false").is_err());

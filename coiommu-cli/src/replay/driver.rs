@@ -145,13 +145,9 @@ impl Drivers {
             if segment.last() >= RAM_END {
                 return Ok(None);
             }
-            self.runs
-                .push(segment.addr() / PAGE_SIZE..segment.last() / PAGE_SIZE + 1);
+            self.runs.push(segment.addr() / PAGE_SIZE..segment.last() / PAGE_SIZE + 1);
         }
-        let pages = self
-            .runs
-            .iter()
-            .fold(0_u64, |sum, run| sum.saturating_add(run.end - run.start));
+        let pages = self.runs.iter().fold(0_u64, |sum, run| sum.saturating_add(run.end - run.start));
         if pages > BATCH_PAGES || self.open_runs + self.runs.len() > MOST_OPEN_RUNS {
             return Ok(None);
         }
@@ -172,10 +168,7 @@ impl Drivers {
     /// The map call at hand was played; `failed`: the policies, as bits, under which its pin failed.
     pub(super) fn opened(&mut self, bdf: Bdf, family: Family, key: u64, failed: u64) {
         self.open_runs += self.runs.len();
-        let mapping = Closed {
-            runs: self.runs.as_slice().into(),
-            failed,
-        };
+        let mapping = Closed { runs: self.runs.as_slice().into(), failed };
         match self.open.entry((bdf, family, key)) {
             Entry::Vacant(place) => {
                 place.insert(Open { mapping, older: None });
@@ -242,11 +235,7 @@ impl Drivers {
             for gfn in run.clone() {
                 let count = page_count(&mut self.pages, gfn);
                 if u32::from(count.unwrap_or(0)) == count_limit(CPUS) {
-                    let done: Vec<_> = self.runs[..at]
-                        .iter()
-                        .cloned()
-                        .chain(iter::once(run.start..gfn))
-                        .collect();
+                    let done: Vec<_> = self.runs[..at].iter().cloned().chain(iter::once(run.start..gfn)).collect();
                     self.count_down(&done);
                     return false;
                 }
@@ -275,9 +264,7 @@ pub(super) fn endpoints() -> impl Iterator<Item = Bdf> {
 }
 
 fn page_count(pages: &mut FxHashMap<u64, Box<BlockCounts>>, gfn: u64) -> &mut Option<u16> {
-    let block = pages
-        .entry(gfn / BLOCK_PAGES)
-        .or_insert_with(|| Box::new([None; BLOCK_LEN]));
+    let block = pages.entry(gfn / BLOCK_PAGES).or_insert_with(|| Box::new([None; BLOCK_LEN]));
     // The remainder is an index of the array.
     &mut block[usize::try_from(gfn % BLOCK_PAGES).unwrap_or(0)]
 }
@@ -300,12 +287,7 @@ mod tests {
 
     fn figures(drivers: &Drivers) -> [u64; 4] {
         let counts = drivers.counts();
-        [
-            counts.distinct_pages,
-            counts.peak_mapped_pages,
-            counts.mapped_pages,
-            counts.unmatched_unmaps,
-        ]
+        [counts.distinct_pages, counts.peak_mapped_pages, counts.mapped_pages, counts.unmatched_unmaps]
     }
 
     #[test]
@@ -315,18 +297,12 @@ mod tests {
         assert!(map(&mut drivers, "b", 1, &[segment(1, 2)]));
         assert!(map(&mut drivers, "a", 1, &[segment(600, 1), segment(600, 1)]));
         assert_eq!(figures(&drivers), [4, 4, 4, 0]);
-        assert_eq!(
-            *drivers.unmap("a", Family::Single, 1).unwrap().runs,
-            [600..601, 600..601]
-        );
+        assert_eq!(*drivers.unmap("a", Family::Single, 1).unwrap().runs, [600..601, 600..601]);
         assert_eq!(*drivers.unmap("a", Family::Single, 1).unwrap().runs, [0..2]);
         assert_eq!(figures(&drivers), [4, 4, 2, 0]);
-        for (device, family, key) in [
-            ("a", Family::Single, 1),
-            ("b", Family::Coherent, 1),
-            ("b", Family::Single, 2),
-            ("c", Family::Single, 1),
-        ] {
+        for (device, family, key) in
+            [("a", Family::Single, 1), ("b", Family::Coherent, 1), ("b", Family::Single, 2), ("c", Family::Single, 1)]
+        {
             assert!(drivers.unmap(device, family, key).is_none());
         }
         assert!(drivers.unmap("b", Family::Single, 1).is_some());
@@ -357,11 +333,7 @@ mod tests {
             assert!(map(&mut drivers, "a", key, &[segment(5, 1)]));
         }
         assert!(!map(&mut drivers, "a", limit, &[segment(9, 1), segment(4, 2)]));
-        assert_eq!(
-            drivers.counts().mapped_pages,
-            1,
-            "nothing is left of the call that failed"
-        );
+        assert_eq!(drivers.counts().mapped_pages, 1, "nothing is left of the call that failed");
         assert!(drivers.unmap("a", Family::Single, 0).is_some());
         assert!(map(&mut drivers, "a", limit, &[segment(4, 2)]));
     }
@@ -382,9 +354,6 @@ mod tests {
         for time in [5_000, 9_000, 2_000] {
             drivers.see(time);
         }
-        assert_eq!(
-            (drivers.now(), drivers.span()),
-            (Duration::from_micros(9), Duration::from_micros(4))
-        );
+        assert_eq!((drivers.now(), drivers.span()), (Duration::from_micros(9), Duration::from_micros(4)));
     }
 }

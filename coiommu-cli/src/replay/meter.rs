@@ -18,14 +18,7 @@ impl Meter {
     /// `curve`: whether to keep one.
     pub(super) fn new(curve: bool) -> Self {
         let curve = curve.then(Curve::default);
-        Self {
-            value: 0,
-            peak: 0,
-            area: 0,
-            start: None,
-            seen: Duration::ZERO,
-            curve,
-        }
+        Self { value: 0, peak: 0, area: 0, start: None, seen: Duration::ZERO, curve }
     }
 
     /// Time has come to `now` with the value as it was.
@@ -85,11 +78,7 @@ struct Curve {
 
 impl Default for Curve {
     fn default() -> Self {
-        Self {
-            stretch: Duration::from_micros(1),
-            peaks: Vec::new(),
-            last: 0,
-        }
+        Self { stretch: Duration::from_micros(1), peaks: Vec::new(), last: 0 }
     }
 }
 
@@ -98,11 +87,7 @@ impl Curve {
     fn hold(&mut self, at: Duration, value: u64) {
         let mut index = self.index(at);
         while index >= MOST_POINTS {
-            self.peaks = self
-                .peaks
-                .chunks(2)
-                .map(|pair| pair.iter().copied().max().unwrap_or(0))
-                .collect();
+            self.peaks = self.peaks.chunks(2).map(|pair| pair.iter().copied().max().unwrap_or(0)).collect();
             self.stretch = self.stretch.saturating_mul(2);
             index = self.index(at);
         }
@@ -120,10 +105,7 @@ impl Curve {
     }
 
     fn points(&self) -> Vec<(Duration, u64)> {
-        (0_u32..)
-            .zip(&self.peaks)
-            .map(|(index, &peak)| (self.stretch.saturating_mul(index), peak))
-            .collect()
+        (0_u32..).zip(&self.peaks).map(|(index, &peak)| (self.stretch.saturating_mul(index), peak)).collect()
     }
 }
 
@@ -161,11 +143,7 @@ mod tests {
             meter.set(if n == 54_321 { 1000 } else { 5 });
         }
         let curve = meter.curve();
-        assert!(
-            (MOST_POINTS / 2..=MOST_POINTS).contains(&curve.len()),
-            "{}",
-            curve.len()
-        );
+        assert!((MOST_POINTS / 2..=MOST_POINTS).contains(&curve.len()), "{}", curve.len());
         let peaks: Vec<_> = curve.iter().filter(|point| point.1 == 1000).collect();
         assert_eq!(peaks.len(), 1);
         assert!(peaks[0].0 <= SECOND * 54_321 && peaks[0].0 + SECOND * 100 > SECOND * 54_321);

@@ -117,11 +117,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let started = Instant::now();
     let mut report = replay(args)?;
     report.set_elapsed(started.elapsed());
-    let text = if args.json {
-        report.json()?
-    } else {
-        table::render(&report)
-    };
+    let text = if args.json { report.json()? } else { table::render(&report) };
     io::stdout().lock().write_all(text.as_bytes())?;
     if let Some(file) = &args.plot {
         plot::draw(&report, file).with_context(|| format!("cannot draw {}", file.display()))?;
@@ -131,10 +127,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 
 fn policies(args: &Args) -> anyhow::Result<Vec<Policy>> {
     if args.policy.is_empty() {
-        return DEFAULT_POLICIES
-            .iter()
-            .map(|text| text.parse().context("a default policy"))
-            .collect();
+        return DEFAULT_POLICIES.iter().map(|text| text.parse().context("a default policy")).collect();
     }
     Ok(args.policy.clone())
 }
@@ -142,10 +135,7 @@ fn policies(args: &Args) -> anyhow::Result<Vec<Policy>> {
 fn replay(args: &Args) -> anyhow::Result<Report> {
     let policies = policies(args)?;
     if policies.len() > MOST_POLICIES {
-        usage_error(&format!(
-            "{} policies are too many: {MOST_POLICIES} can be compared at once",
-            policies.len()
-        ));
+        usage_error(&format!("{} policies are too many: {MOST_POLICIES} can be compared at once", policies.len()));
     }
     let mut reader = TraceReader::open(&args.trace)?;
     let progress = progress::Bar::show(reader.progress());
@@ -214,10 +204,7 @@ fn play(drivers: &mut Drivers, stacks: &mut [Stack], device: &str, event: Event<
 }
 
 fn is_wanted(devices: &[String], device: &str) -> bool {
-    devices.is_empty()
-        || devices
-            .iter()
-            .any(|wanted| device == wanted || device.strip_prefix("0000:") == Some(wanted))
+    devices.is_empty() || devices.iter().any(|wanted| device == wanted || device.strip_prefix("0000:") == Some(wanted))
 }
 
 /// How many other devices are named when the one asked for is not in the trace.
@@ -238,7 +225,5 @@ fn name_devices(devices: HashSet<String>) -> String {
 
 /// Says what is wrong with the arguments, as clap does.
 fn usage_error(message: &str) -> ! {
-    Cli::command()
-        .error(clap::error::ErrorKind::TooManyValues, message)
-        .exit()
+    Cli::command().error(clap::error::ErrorKind::TooManyValues, message).exit()
 }

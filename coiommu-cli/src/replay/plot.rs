@@ -39,12 +39,7 @@ pub(super) fn draw(report: &Report, file: &Path) -> anyhow::Result<()> {
 #[allow(clippy::cast_precision_loss, reason = "a drawing")]
 fn render(report: &Report, svg: &mut String) -> Result<(), Box<dyn std::error::Error>> {
     let seconds = report.trace.seconds.max(1e-6);
-    let most = report
-        .policies
-        .iter()
-        .map(|policy| policy.peak_pinned_pages * PAGE_SIZE)
-        .max()
-        .unwrap_or(0);
+    let most = report.policies.iter().map(|policy| policy.peak_pinned_pages * PAGE_SIZE).max().unwrap_or(0);
     let ram = report.guest_memory_bytes;
     // Full pinning dwarfs everything: a logarithmic scale shows both.
     let scale = (PAGE_SIZE as f64..most.max(ram) as f64 * 2.0).log_scale();
@@ -111,14 +106,7 @@ mod tests {
         let corners = steps(&[(second(0), 1), (second(1), 1), (second(2), 3), (second(9), 0)], 8.0);
         assert_eq!(
             corners,
-            [
-                (0.0, 4096.0),
-                (2.0, 4096.0),
-                (2.0, 12288.0),
-                (8.0, 12288.0),
-                (8.0, 4096.0),
-                (8.0, 4096.0)
-            ]
+            [(0.0, 4096.0), (2.0, 4096.0), (2.0, 12288.0), (8.0, 12288.0), (8.0, 4096.0), (8.0, 4096.0)]
         );
         assert!(steps(&[], 1.0).is_empty());
     }

@@ -137,9 +137,6 @@ impl PolicyFigures {
         let default = Policy::default().to_string();
         let rest: Vec<_> = default.split(',').collect();
         let text = self.policy.to_string();
-        text.split(',')
-            .filter(|pair| pair.starts_with("extent=") || !rest.contains(pair))
-            .collect::<Vec<_>>()
-            .join(",")
+        text.split(',').filter(|pair| pair.starts_with("extent=") || !rest.contains(pair)).collect::<Vec<_>>().join(",")
     }
 }

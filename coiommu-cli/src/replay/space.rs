@@ -48,11 +48,7 @@ impl TableCount {
 
     fn needed(&self, block: u64) -> u64 {
         let gfn = block * BLOCK_PAGES;
-        self.by_level
-            .iter()
-            .zip(Self::COVERS)
-            .filter(|(tables, bits)| !tables.contains(&(gfn >> bits)))
-            .count() as u64
+        self.by_level.iter().zip(Self::COVERS).filter(|(tables, bits)| !tables.contains(&(gfn >> bits))).count() as u64
     }
 
     fn add(&mut self, block: u64) {
@@ -70,13 +66,7 @@ impl Space {
     /// No RAM yet, for a replay of so many policies.
     pub(super) fn new(policies: usize) -> Self {
         let most_tables = TABLE_PAGES / policies.max(1) as u64;
-        Self {
-            blocks: FxHashMap::default(),
-            added: Vec::new(),
-            tables: TableCount::default(),
-            most_tables,
-            highest: 0,
-        }
+        Self { blocks: FxHashMap::default(), added: Vec::new(), tables: TableCount::default(), most_tables, highest: 0 }
     }
 
     /// Makes sure that there is RAM under some runs of gfns, all below [`RAM_END`]; false if that would be too much.
@@ -123,11 +113,7 @@ impl Space {
         let first = RAM_END + (4 << 20);
         let bytes = usize::try_from((4 << 20) + self.most_tables * PAGE_SIZE).context("this machine is too small")?;
         let memory = GuestMemoryMmap::from_ranges(&[(batch, bytes)]).context("cannot reserve memory for tables")?;
-        Ok(TableArea {
-            memory,
-            batch,
-            tables: first..first + self.most_tables * PAGE_SIZE,
-        })
+        Ok(TableArea { memory, batch, tables: first..first + self.most_tables * PAGE_SIZE })
     }
 
     /// The end of the highest page that was reached, in bytes.

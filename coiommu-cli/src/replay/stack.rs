@@ -84,10 +84,7 @@ impl Stack {
     pub(super) fn new(policy: Policy, space: &Space, curve: bool) -> anyhow::Result<Self> {
         let TableArea { memory, batch, tables } = space.tables()?;
         let memory = Arc::new(memory);
-        let pages = BumpPages {
-            next: Cell::new(tables.start),
-            end: tables.end,
-        };
+        let pages = BumpPages { next: Cell::new(tables.start), end: tables.end };
         let guest = GuestDtt::new(&*memory, &pages, Levels::new(LEVELS)?, CPUS)?;
         let iommu = Arc::new(SoftIommu::new());
         let ticks = policy.tick_interval().map(|interval| Ticks {
@@ -306,11 +303,7 @@ mod tests {
         assert!(stack.map(bdf, &runs, &space).unwrap());
         stack.unmap(&runs).unwrap();
         stack.advance(at(1999));
-        assert_eq!(
-            stack.pinner.pinned_pages(),
-            2,
-            "the first tick finds the pages accessed"
-        );
+        assert_eq!(stack.pinner.pinned_pages(), 2, "the first tick finds the pages accessed");
         stack.advance(at(2000));
         assert_eq!(stack.pinner.pinned_pages(), 0);
         assert_eq!((stack.requests(), stack.failed_pins(), stack.faults()), (1, 0, 0));

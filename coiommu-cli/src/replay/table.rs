@@ -74,10 +74,7 @@ fn figures(report: &Report) -> Table {
     for row in rows {
         let mut cells = row.into_iter().map(Cell::new);
         let name = cells.next();
-        table.add_row(
-            name.into_iter()
-                .chain(cells.map(|cell| cell.set_alignment(CellAlignment::Right))),
-        );
+        table.add_row(name.into_iter().chain(cells.map(|cell| cell.set_alignment(CellAlignment::Right))));
     }
     table
 }
@@ -108,9 +105,7 @@ fn notes(report: &Report) -> Vec<String> {
     let mut notes = Vec::new();
     if report.memory_is_a_guess {
         let ram = bytes(report.guest_memory_bytes);
-        notes.push(format!(
-            "RAM of {ram} is a guess, the highest address seen: say --memory SIZE if you know better."
-        ));
+        notes.push(format!("RAM of {ram} is a guess, the highest address seen: say --memory SIZE if you know better."));
     }
     notes.push(
         "Full pinning maps all RAM in a few calls at start; a map call without a pin request costs no exit.".to_owned(),
@@ -118,36 +113,18 @@ fn notes(report: &Report) -> Vec<String> {
     for policy in &report.policies {
         if policy.failed_pins > 0 {
             let failed = grouped(policy.failed_pins);
-            notes.push(format!(
-                "{}: {failed} map calls failed for want of room to pin.",
-                policy.label()
-            ));
+            notes.push(format!("{}: {failed} map calls failed for want of room to pin.", policy.label()));
         }
         if policy.dma_faults > 0 {
             let faults = grouped(policy.dma_faults);
-            notes.push(format!(
-                "{}: {faults} DMA faults: this is a bug of coiommu, please report it.",
-                policy.label()
-            ));
+            notes.push(format!("{}: {faults} DMA faults: this is a bug of coiommu, please report it.", policy.label()));
         }
     }
     for (count, what) in [
-        (
-            trace.lost_events,
-            "events were lost while recording: what they mapped is missing.",
-        ),
-        (
-            trace.skipped_lines,
-            "lines were skipped: not dma events, or not ones that can be played.",
-        ),
-        (
-            trace.unmatched_unmaps,
-            "unmaps were of mappings made before the trace began, or lost.",
-        ),
-        (
-            report.truncated_lists,
-            "scatter lists are cut in the trace: their ends are missing.",
-        ),
+        (trace.lost_events, "events were lost while recording: what they mapped is missing."),
+        (trace.skipped_lines, "lines were skipped: not dma events, or not ones that can be played."),
+        (trace.unmatched_unmaps, "unmaps were of mappings made before the trace began, or lost."),
+        (report.truncated_lists, "scatter lists are cut in the trace: their ends are missing."),
     ] {
         if count > 0 {
             notes.push(format!("{} {what}", grouped(count)));
@@ -207,12 +184,7 @@ mod tests {
             ["0", "7", "999", "1,000", "65,535", "1,234,567"]
         );
         let sizes = [0.0, 512.0, 4096.0, 99.96 * 1024.0, 1048576.0, 1.5 * 1073741824.0, 1e15];
-        assert_eq!(
-            sizes.map(size),
-            [
-                "0 KiB", "0.5 KiB", "4.0 KiB", "100 KiB", "1.0 MiB", "1.5 GiB", "909 TiB"
-            ]
-        );
+        assert_eq!(sizes.map(size), ["0 KiB", "0.5 KiB", "4.0 KiB", "100 KiB", "1.0 MiB", "1.5 GiB", "909 TiB"]);
         assert_eq!(
             [0.0, 0.0004, 0.05, 0.123, 1.0, 2.5].map(share),
             ["0 %", "0.04 %", "5.00 %", "12.3 %", "100 %", "250 %"]

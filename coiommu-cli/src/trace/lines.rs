@@ -37,15 +37,7 @@ pub(super) struct Lines<R> {
 impl<R: Read> Lines<R> {
     pub(super) fn new(source: R) -> Self {
         let buf = vec![0; MAX_LINE + BLOCK].into_boxed_slice();
-        Self {
-            source,
-            buf,
-            start: 0,
-            scanned: 0,
-            end: 0,
-            dropping: false,
-            eof: false,
-        }
+        Self { source, buf, start: 0, scanned: 0, end: 0, dropping: false, eof: false }
     }
 
     pub(super) fn source(&self) -> &R {
@@ -88,11 +80,7 @@ impl<R: Read> Lines<R> {
         let line = self.start..line_end;
         self.start = next;
         self.scanned = next;
-        if std::mem::take(&mut self.dropping) || line.len() > MAX_LINE {
-            Step::TooLong
-        } else {
-            Step::Line(line)
-        }
+        if std::mem::take(&mut self.dropping) || line.len() > MAX_LINE { Step::TooLong } else { Step::Line(line) }
     }
 
     /// One read behind what is unread; whether there was anything. Unread bytes move to the front, once a line at
@@ -165,9 +153,7 @@ mod tests {
     fn sixty_megabytes_without_a_newline_are_one_line() {
         let mut lines = Lines::new(io::repeat(b'x').take(60_000_000).chain(&b"\nlast"[..]));
         assert_eq!(lines.next().unwrap(), Some(Step::TooLong));
-        let Some(Step::Line(line)) = lines.next().unwrap() else {
-            panic!("the line after it is lost")
-        };
+        let Some(Step::Line(line)) = lines.next().unwrap() else { panic!("the line after it is lost") };
         assert_eq!(lines.text(line), b"last");
         assert_eq!(lines.buf.len(), MAX_LINE + BLOCK);
     }

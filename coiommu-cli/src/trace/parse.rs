@@ -45,15 +45,8 @@ pub(super) enum Line {
 /// An [`Event`](super::Event) without what it borrows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum What {
-    Map {
-        family: Family,
-        key: u64,
-    },
-    Unmap {
-        family: Family,
-        key: u64,
-        size: Option<u64>,
-    },
+    Map { family: Family, key: u64 },
+    Unmap { family: Family, key: u64, size: Option<u64> },
     MapResource,
     UnmapResource,
     Sync,
@@ -226,17 +219,11 @@ fn event(head: Head<'_>, scratch: &mut Scratch) -> Option<Line> {
         Some(raw) => Fields::read(raw, Radix::Decimal)?,
         None => {
             let (device, text) = word(head.text);
-            let known = Fields {
-                device: Some(device),
-                ..Fields::default()
-            };
+            let known = Fields { device: Some(device), ..Fields::default() };
             match name {
                 // Nothing more is asked of these.
                 Name::Sync | Name::Failed => known,
-                _ => Fields {
-                    device: Some(device),
-                    ..Fields::read(text, Radix::Hex)?
-                },
+                _ => Fields { device: Some(device), ..Fields::read(text, Radix::Hex)? },
             }
         }
     };
@@ -253,16 +240,8 @@ fn event(head: Head<'_>, scratch: &mut Scratch) -> Option<Line> {
         },
         Name::UnmapSingle => fields.unmap(Family::Single)?,
         Name::Free(family) => fields.unmap(family)?,
-        Name::FreeSgt => What::Unmap {
-            family: Family::ScatterTable,
-            key: fields.table_key()?,
-            size: fields.size,
-        },
-        Name::UnmapSg => What::Unmap {
-            family: Family::ScatterList,
-            key: first(fields.phys_addrs?)??,
-            size: None,
-        },
+        Name::FreeSgt => What::Unmap { family: Family::ScatterTable, key: fields.table_key()?, size: fields.size },
+        Name::UnmapSg => What::Unmap { family: Family::ScatterList, key: first(fields.phys_addrs?)??, size: None },
         Name::UnmapResource => {
             fields.unmap(Family::Single)?;
             What::UnmapResource
@@ -270,11 +249,7 @@ fn event(head: Head<'_>, scratch: &mut Scratch) -> Option<Line> {
         Name::Sync => What::Sync,
         Name::Failed => What::Failed,
     };
-    Some(Line::Event {
-        time: head.time,
-        what,
-        truncated,
-    })
+    Some(Line::Event { time: head.time, what, truncated })
 }
 
 /// How a number without `0x` is read.
@@ -306,10 +281,7 @@ impl<'a> Fields<'a> {
         let mut fields = Self::default();
         loop {
             text = text.trim_ascii_start();
-            let end = text
-                .iter()
-                .position(|&b| b == b'=' || is_space(b))
-                .unwrap_or(text.len());
+            let end = text.iter().position(|&b| b == b'=' || is_space(b)).unwrap_or(text.len());
             let (key, rest) = text.split_at(end);
             let Some((b'=', rest)) = rest.split_first() else {
                 if key.is_empty() {
@@ -356,11 +328,7 @@ impl<'a> Fields<'a> {
     /// The end of a mapping of one range.
     fn unmap(&self, family: Family) -> Option<What> {
         let range = Segment::new(self.dma_addr?, self.size?)?;
-        Some(What::Unmap {
-            family,
-            key: range.addr(),
-            size: Some(range.size()),
-        })
+        Some(What::Unmap { family, key: range.addr(), size: Some(range.size()) })
     }
 
     /// A mapping of a list.
@@ -387,10 +355,7 @@ impl<'a> Fields<'a> {
         let first_addr = scratch.segments.first()?.addr();
         let key = self.phys_addrs.map_or(Some(None), first)?.unwrap_or(first_addr);
         *truncated = self.truncated || shown < all;
-        Some(What::Map {
-            family: Family::ScatterList,
-            key,
-        })
+        Some(What::Map { family: Family::ScatterList, key })
     }
 
     /// The key of a scatter table.
@@ -445,10 +410,7 @@ impl<'a> Items<'a> {
     fn of(list: &'a [u8], width: u32) -> Option<Self> {
         Some(match list {
             [b'{', text @ .., b'}'] => Self { text, width: None },
-            _ => Self {
-                text: list.strip_prefix(ARRAY)?.strip_suffix(b"]")?,
-                width: Some(width),
-            },
+            _ => Self { text: list.strip_prefix(ARRAY)?.strip_suffix(b"]")?, width: Some(width) },
         })
     }
 
@@ -564,11 +526,7 @@ fn remark(line: &[u8]) -> Line {
     }
     // How trace-cmd begins.
     let header = |prefix: &[u8]| line.strip_prefix(prefix).and_then(decimal).is_some();
-    if header(b"cpus=") || header(b"version = ") {
-        Line::Quiet
-    } else {
-        Line::Skip
-    }
+    if header(b"cpus=") || header(b"version = ") { Line::Quiet } else { Line::Skip }
 }
 
 /// `CPU:0 [LOST 12 EVENTS]` of tracefs, `CPU:0 [12 EVENTS DROPPED]` of trace-cmd; 1 if neither knows how many.

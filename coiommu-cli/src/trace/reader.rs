@@ -70,18 +70,11 @@ impl TraceReader {
         let name = || lines.source().name().to_owned();
         match head {
             Err(error) => Err(lines.source().explain(error)),
-            Ok((Some(&(_, file, tool)), _)) => Err(TraceError::Recording {
-                name: name(),
-                file,
-                tool,
-            }),
+            Ok((Some(&(_, file, tool)), _)) => Err(TraceError::Recording { name: name(), file, tool }),
             Ok((None, true)) => Err(TraceError::Binary { name: name() }),
-            Ok((None, false)) => Ok(Self {
-                lines,
-                scratch: Scratch::default(),
-                counts: ReadCounts::default(),
-                events: 0,
-            }),
+            Ok((None, false)) => {
+                Ok(Self { lines, scratch: Scratch::default(), counts: ReadCounts::default(), events: 0 })
+            }
         }
     }
 
@@ -116,22 +109,14 @@ impl TraceReader {
         };
         self.events += 1;
         let event = match what {
-            What::Map { family, key } => Event::Map {
-                family,
-                key,
-                segments: self.scratch.segments(),
-            },
+            What::Map { family, key } => Event::Map { family, key, segments: self.scratch.segments() },
             What::Unmap { family, key, size } => Event::Unmap { family, key, size },
             What::MapResource => Event::MapResource,
             What::UnmapResource => Event::UnmapResource,
             What::Sync => Event::Sync,
             What::Failed => Event::Failed,
         };
-        Ok(Some(Record {
-            time,
-            device: self.scratch.device(),
-            event,
-        }))
+        Ok(Some(Record { time, device: self.scratch.device(), event }))
     }
 
     /// What was counted until now.
@@ -206,26 +191,10 @@ mod tests {
         let mut reader = open(text).unwrap();
         let first = reader.next().unwrap().unwrap();
         let segment = Segment::new(0x1000, 16).unwrap();
-        let event = Event::Map {
-            family: Family::Single,
-            key: 0x1000,
-            segments: &[segment],
-        };
-        assert_eq!(
-            first,
-            Record {
-                time: 1_000_001_000,
-                device: "dev0",
-                event
-            }
-        );
+        let event = Event::Map { family: Family::Single, key: 0x1000, segments: &[segment] };
+        assert_eq!(first, Record { time: 1_000_001_000, device: "dev0", event });
         assert_eq!(drain(&mut reader).unwrap(), 1);
-        let counts = ReadCounts {
-            lines: 7,
-            lost_events: 22,
-            skipped_lines: 2,
-            truncated_lists: 0,
-        };
+        let counts = ReadCounts { lines: 7, lost_events: 22, skipped_lines: 2, truncated_lists: 0 };
         assert_eq!(reader.finish().unwrap(), counts);
     }
 
@@ -260,10 +229,7 @@ mod tests {
             }
         };
         assert!(events > 0);
-        assert_eq!(
-            error.to_string(),
-            "t.trace: the gzip stream ends in the middle: the file is cut short"
-        );
+        assert_eq!(error.to_string(), "t.trace: the gzip stream ends in the middle: the file is cut short");
     }
 
     proptest! {

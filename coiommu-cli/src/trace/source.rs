@@ -77,8 +77,7 @@ impl Read for Metered {
         loop {
             match self.input.read(buf) {
                 Ok(n) => {
-                    self.read
-                        .fetch_add(u64::try_from(n).unwrap_or(u64::MAX), Ordering::Relaxed);
+                    self.read.fetch_add(u64::try_from(n).unwrap_or(u64::MAX), Ordering::Relaxed);
                     return Ok(n);
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -110,32 +109,20 @@ impl Source {
     pub(super) fn open(path: &Path) -> Result<Self, TraceError> {
         let (name, file) = if path == Path::new("-") {
             // Not `io::stdin()`: its own buffer would only be one copy more.
-            (
-                "standard input".to_owned(),
-                io::stdin().as_fd().try_clone_to_owned().map(File::from),
-            )
+            ("standard input".to_owned(), io::stdin().as_fd().try_clone_to_owned().map(File::from))
         } else {
             (path.display().to_string(), File::open(path))
         };
         let opened = file.and_then(|file| Ok((file.metadata()?, file)));
-        let (about, file) = opened.map_err(|error| TraceError::Open {
-            name: name.clone(),
-            error,
-        })?;
+        let (about, file) = opened.map_err(|error| TraceError::Open { name: name.clone(), error })?;
         let total = about.is_file().then_some(about.len());
         Self::new(name, Box::new(file), total)
     }
 
     /// Reads from anything; `name` is for messages, `total` the length if it is known.
     pub(super) fn new(name: String, input: Box<dyn Read + Send>, total: Option<u64>) -> Result<Self, TraceError> {
-        let progress = Progress {
-            read: Arc::default(),
-            total,
-        };
-        let mut input = Metered {
-            input,
-            read: Arc::clone(&progress.read),
-        };
+        let progress = Progress { read: Arc::default(), total };
+        let mut input = Metered { input, read: Arc::clone(&progress.read) };
         let mut head = Vec::new();
         if let Err(error) = (&mut input).take(4).read_to_end(&mut head) {
             return Err(TraceError::Read { name, error });
@@ -153,12 +140,7 @@ impl Source {
                 }
             }
         };
-        Ok(Self {
-            name,
-            format,
-            decoder,
-            progress,
-        })
+        Ok(Self { name, format, decoder, progress })
     }
 
     pub(super) fn name(&self) -> &str {
@@ -226,9 +208,7 @@ mod tests {
     }
 
     fn text() -> Vec<u8> {
-        (0..30_000_u32)
-            .flat_map(|n| format!("line {}\n", n.wrapping_mul(2_654_435_761)).into_bytes())
-            .collect()
+        (0..30_000_u32).flat_map(|n| format!("line {}\n", n.wrapping_mul(2_654_435_761)).into_bytes()).collect()
     }
 
     #[test]
@@ -259,11 +239,7 @@ mod tests {
             let two = [&one[..], &one[..]].concat();
             for len in (magic..one.len()).chain(one.len() + 1..two.len()) {
                 let error = read(two[..len].to_vec()).unwrap_err();
-                assert!(
-                    matches!(error, TraceError::Cut { .. }),
-                    "cut at {len} of {}: {error}",
-                    two.len()
-                );
+                assert!(matches!(error, TraceError::Cut { .. }), "cut at {len} of {}: {error}", two.len());
             }
         }
     }
@@ -275,15 +251,9 @@ mod tests {
             let middle = stored.len() / 2;
             stored[middle] ^= 0x10;
             stored[middle + 1] ^= 0x11;
-            assert!(matches!(
-                read(stored).unwrap_err(),
-                TraceError::Corrupt { .. } | TraceError::Cut { .. }
-            ));
+            assert!(matches!(read(stored).unwrap_err(), TraceError::Corrupt { .. } | TraceError::Cut { .. }));
             let trailing = [&pack(b"x")[..], b"garbage"].concat();
-            assert!(matches!(
-                read(trailing).unwrap_err(),
-                TraceError::Corrupt { .. } | TraceError::Cut { .. }
-            ));
+            assert!(matches!(read(trailing).unwrap_err(), TraceError::Corrupt { .. } | TraceError::Cut { .. }));
         }
     }
 
@@ -301,16 +271,9 @@ mod tests {
 
     #[test]
     fn what_the_system_refuses_names_the_file() {
-        let Err(error) = Source::open(Path::new("/nowhere/a.trace")) else {
-            panic!("it cannot exist")
-        };
-        assert!(
-            error.to_string().starts_with("cannot open /nowhere/a.trace: "),
-            "{error}"
-        );
-        let Err(error) = Source::open(Path::new("/")) else {
-            panic!("a directory cannot be read")
-        };
+        let Err(error) = Source::open(Path::new("/nowhere/a.trace")) else { panic!("it cannot exist") };
+        assert!(error.to_string().starts_with("cannot open /nowhere/a.trace: "), "{error}");
+        let Err(error) = Source::open(Path::new("/")) else { panic!("a directory cannot be read") };
         assert!(error.to_string().starts_with("cannot read /: "), "{error}");
     }
 
@@ -320,11 +283,7 @@ mod tests {
         impl Read for Signals {
             fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
                 self.1 = !self.1;
-                if self.1 {
-                    Err(ErrorKind::Interrupted.into())
-                } else {
-                    self.0.read(&mut buf[..1])
-                }
+                if self.1 { Err(ErrorKind::Interrupted.into()) } else { self.0.read(&mut buf[..1]) }
             }
         }
         for pack in [gzip, zstd, <[u8]>::to_vec] {

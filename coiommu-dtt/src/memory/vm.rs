@@ -27,13 +27,11 @@ impl<M: GuestMemoryBackend> TableMemory for M {
 
     fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
         let bytes = into.len();
-        self.read_slice(into, GuestAddress(at.raw()))
-            .map_err(|_| MemoryError::Absent { at, bytes })
+        self.read_slice(into, GuestAddress(at.raw())).map_err(|_| MemoryError::Absent { at, bytes })
     }
 
     fn write(&self, at: Gpa, from: &[u8]) -> Result<(), MemoryError> {
-        self.write_slice(from, GuestAddress(at.raw()))
-            .map_err(|_| MemoryError::Absent { at, bytes: from.len() })
+        self.write_slice(from, GuestAddress(at.raw())).map_err(|_| MemoryError::Absent { at, bytes: from.len() })
     }
 }
 

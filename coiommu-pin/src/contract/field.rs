@@ -35,18 +35,13 @@ impl<'a> Field<'a> {
     }
 
     pub(super) fn with_entries(bed: &'a dyn Bed, entries: u64) -> Result<Self, Skip> {
-        let rig = bed
-            .rig_with_entries(entries)
-            .ok_or(Skip("the number of mappings cannot be limited"))?;
+        let rig = bed.rig_with_entries(entries).ok_or(Skip("the number of mappings cannot be limited"))?;
         Ok(Self::on_rig(bed, rig))
     }
 
     fn on_rig(bed: &'a dyn Bed, Rig { mapper, device }: Rig) -> Self {
         let Memory { backing, len } = bed.memory();
-        assert!(
-            len >= MIN_MEMORY,
-            "a bed needs {MIN_MEMORY:#x} bytes of memory, and has {len:#x}"
-        );
+        assert!(len >= MIN_MEMORY, "a bed needs {MIN_MEMORY:#x} bytes of memory, and has {len:#x}");
         let limits = mapper.limits();
         assert_ne!(limits.page_sizes, 0, "limits: an IOMMU has a page size");
         let page = 1 << limits.page_sizes.trailing_zeros();
@@ -91,14 +86,8 @@ impl<'a> Field<'a> {
 
     /// Maps what the caller says, right or wrong, onto the memory from byte `offset` on, which is inside.
     pub(super) fn map_bytes(&self, iova: u64, offset: u64, len: u64) -> Result<(), MapError> {
-        let file = self.file.map(|file| FileBacking {
-            offset: file.offset + offset,
-            ..file
-        });
-        let backing = Backing {
-            hva: self.at(offset),
-            file,
-        };
+        let file = self.file.map(|file| FileBacking { offset: file.offset + offset, ..file });
+        let backing = Backing { hva: self.at(offset), file };
         // SAFETY: the memory keeps to the contract of `map` as long as the mapper lives (`Bed`). Where `len` says more
         // than there is, the range is one that a mapper must refuse.
         unsafe { self.mapper.map(iova, backing, len) }
@@ -106,10 +95,7 @@ impl<'a> Field<'a> {
 
     /// Maps memory that is not there: at `hva` nothing of any process can be.
     pub(super) fn map_nothing_at(&self, hva: NonZeroUsize) -> Result<(), MapError> {
-        let backing = Backing {
-            hva: NonNull::without_provenance(hva),
-            file: None,
-        };
+        let backing = Backing { hva: NonNull::without_provenance(hva), file: None };
         // SAFETY: nobody's memory is there: a mapper that takes the address has nothing to reach, and the case fails.
         unsafe { self.mapper.map(self.iova(0), backing, self.page) }
     }
@@ -154,11 +140,7 @@ impl<'a> Field<'a> {
     #[track_caller]
     fn check_count(&self, mappings: u64, rule: &str) {
         let left = self.mappings_left.map(|left| left.saturating_sub(mappings));
-        check(
-            &format!("{rule} (mappings left)"),
-            self.mapper.limits().mappings_left,
-            left,
-        );
+        check(&format!("{rule} (mappings left)"), self.mapper.limits().mappings_left, left);
     }
 
     /// The device sees each page that is mapped, at its first and its last byte, and no other.
@@ -176,16 +158,12 @@ impl<'a> Field<'a> {
     fn fill(&self) {
         for page in 0..self.pages {
             self.byte(page * self.page).store(Self::tag(page), Ordering::SeqCst);
-            self.byte((page + 1) * self.page - 1)
-                .store(Self::tag(page), Ordering::SeqCst);
+            self.byte((page + 1) * self.page - 1).store(Self::tag(page), Ordering::SeqCst);
         }
     }
 
     fn at(&self, offset: u64) -> NonNull<u8> {
-        assert!(
-            offset < self.pages * self.page,
-            "offset {offset:#x} is not in the bed's memory"
-        );
+        assert!(offset < self.pages * self.page, "offset {offset:#x} is not in the bed's memory");
         let offset = usize::try_from(offset).expect("an offset in memory is a usize");
         let hva = self.hva.load(Ordering::Relaxed).wrapping_add(offset);
         NonNull::new(hva).expect("an address in memory is not null")

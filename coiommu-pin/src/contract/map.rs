@@ -16,11 +16,7 @@ pub(super) fn makes_every_byte_reachable(bed: &dyn Bed) -> Result<(), Skip> {
         for offset in [page * field.page, (page + 1) * field.page - 1] {
             let iova = field.iova(0) + offset;
             let byte = field.byte(offset);
-            check(
-                "a device reads what is mapped",
-                device.read(iova),
-                Some(Field::tag(page)),
-            );
+            check("a device reads what is mapped", device.read(iova), Some(Field::tag(page)));
             check("a device writes what is mapped", device.write(iova, 0xa5), true);
             check("a device's write reaches the memory", byte.load(Ordering::SeqCst), 0xa5);
             byte.store(Field::tag(page), Ordering::SeqCst);
@@ -35,11 +31,7 @@ pub(super) fn reaches_the_backing_it_was_given(bed: &dyn Bed) -> Result<(), Skip
     field.device()?;
     let mappings: Vec<_> = (0..PAGES / 2).map(|at| (at * 2, 1, PAGES - 1 - at)).collect();
     for &(at, pages, onto) in &mappings {
-        check(
-            "any memory can be mapped at any iova",
-            field.map_onto(at, pages, onto),
-            Ok(()),
-        );
+        check("any memory can be mapped at any iova", field.map_onto(at, pages, onto), Ok(()));
     }
     field.holds_exactly(&mappings, "a mapping leads to the memory it was made with");
     Ok(())
@@ -49,11 +41,7 @@ pub(super) fn takes_the_same_memory_twice(bed: &dyn Bed) -> Result<(), Skip> {
     let field = Field::new(bed);
     check("memory can be mapped", field.map_onto(0, 2, 4), Ok(()));
     check("memory can be mapped at a second iova", field.map_onto(2, 2, 4), Ok(()));
-    check(
-        "one of two mappings of a page can go",
-        field.unmap(0, 2),
-        Ok(2 * field.page),
-    );
+    check("one of two mappings of a page can go", field.unmap(0, 2), Ok(2 * field.page));
     field.holds_exactly(&[(2, 2, 4)], "a mapping is its own, whatever else maps its memory");
     Ok(())
 }
@@ -84,16 +72,9 @@ pub(super) fn refuses_any_overlap(bed: &dyn Bed) -> Result<(), Skip> {
 pub(super) fn takes_neighbours(bed: &dyn Bed) -> Result<(), Skip> {
     let field = Field::new(bed);
     for (at, pages) in [(4, 2), (2, 2), (6, 1)] {
-        check(
-            "a range that touches a mapping does not overlap it",
-            field.map(at, pages),
-            Ok(()),
-        );
+        check("a range that touches a mapping does not overlap it", field.map(at, pages), Ok(()));
     }
-    field.holds_exactly(
-        &[(2, 2, 2), (4, 2, 4), (6, 1, 6)],
-        "neighbours stay mappings of their own",
-    );
+    field.holds_exactly(&[(2, 2, 2), (4, 2, 4), (6, 1, 6)], "neighbours stay mappings of their own");
     Ok(())
 }
 
@@ -124,28 +105,14 @@ pub(super) fn refuses_iovas_outside_the_ranges(bed: &dyn Bed) -> Result<(), Skip
     let ranges = field.mapper.limits().iova_ranges;
     let last = *ranges.last().ok_or(Skip("there are no iova ranges"))?.end();
     // A gap between two ranges, else what comes after the last.
-    let gap = ranges
-        .windows(2)
-        .map(|two| *two[0].end()..=*two[1].start())
-        .find(|gap| pages_in(gap, field.page) > 0);
+    let gap = ranges.windows(2).map(|two| *two[0].end()..=*two[1].start()).find(|gap| pages_in(gap, field.page) > 0);
     let before = gap.map_or(last, |gap| *gap.start());
-    let outside = before
-        .checked_add(1)
-        .ok_or(Skip("all iovas can be mapped"))?
-        .next_multiple_of(field.page);
+    let outside = before.checked_add(1).ok_or(Skip("all iovas can be mapped"))?.next_multiple_of(field.page);
 
     let refused = field.map_bytes(outside, 0, field.page);
-    check(
-        "a map outside the iova ranges fails with `Invalid`",
-        refused,
-        Err(MapError::Invalid),
-    );
+    check("a map outside the iova ranges fails with `Invalid`", refused, Err(MapError::Invalid));
     let refused = field.map_bytes(outside - field.page, 0, 2 * field.page);
-    check(
-        "a map that leaves an iova range fails with `Invalid`",
-        refused,
-        Err(MapError::Invalid),
-    );
+    check("a map that leaves an iova range fails with `Invalid`", refused, Err(MapError::Invalid));
     let unmapped = field.mapper.unmap(outside - field.page, 2 * field.page);
     check("a map that was refused changes nothing", unmapped, Ok(0));
     field.holds_exactly(&[], "a map that was refused changes nothing");

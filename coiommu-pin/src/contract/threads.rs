@@ -23,17 +23,9 @@ pub(super) fn keep_out_of_each_others_ranges(bed: &dyn Bed) -> Result<(), Skip> 
             // The other's turn, also where there is one processor only.
             thread::yield_now();
             let again = field.map(first, 1);
-            check(
-                "a map of what one has mapped fails with `Exists`",
-                again,
-                Err(MapError::Exists),
-            );
+            check("a map of what one has mapped fails with `Exists`", again, Err(MapError::Exists));
             let bytes = field.unmap(first, PAGES / 2);
-            check(
-                "unmap returns the bytes that one has mapped",
-                bytes,
-                Ok(2 * pages * field.page),
-            );
+            check("unmap returns the bytes that one has mapped", bytes, Ok(2 * pages * field.page));
         }
     };
     thread::scope(|scope| {
@@ -59,16 +51,8 @@ pub(super) fn that_race_have_one_winner(bed: &dyn Bed) -> Result<(), Skip> {
             [map(4), other.join().expect("no panic while mapping")]
         });
         let as_it_should = results.contains(&Ok(())) && results.contains(&Err(MapError::Exists));
-        check(
-            "one thread wins the race for a range, the other gets `Exists`",
-            as_it_should,
-            true,
-        );
-        check(
-            "the winner's mapping is there",
-            field.unmap(0, PAGES),
-            Ok(2 * field.page),
-        );
+        check("one thread wins the race for a range, the other gets `Exists`", as_it_should, true);
+        check("the winner's mapping is there", field.unmap(0, PAGES), Ok(2 * field.page));
     }
     field.holds_exactly(&[], "the loser of a race leaves nothing behind");
     Ok(())
@@ -89,18 +73,10 @@ pub(super) fn see_no_access_after_unmap(bed: &dyn Bed) -> Result<(), Skip> {
             check("whole pages can be mapped", field.map(0, 1), Ok(()));
             let (before, since) = (written.load(Ordering::SeqCst), Instant::now());
             while written.load(Ordering::SeqCst) == before {
-                check(
-                    "a device writes what is mapped (within 10 s)",
-                    since.elapsed() < PATIENCE,
-                    true,
-                );
+                check("a device writes what is mapped (within 10 s)", since.elapsed() < PATIENCE, true);
                 thread::yield_now();
             }
-            check(
-                "unmap returns the bytes that were mapped",
-                field.unmap(0, 1),
-                Ok(field.page),
-            );
+            check("unmap returns the bytes that were mapped", field.unmap(0, 1), Ok(field.page));
             field.byte(0).store(0, Ordering::SeqCst);
             // The device's turn. What it writes stays.
             (0..TURNS).for_each(|_| thread::yield_now());

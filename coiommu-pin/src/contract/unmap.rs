@@ -8,27 +8,11 @@ pub(super) fn ends_access(bed: &dyn Bed) -> Result<(), Skip> {
     let field = Field::new(bed);
     let device = field.device()?;
     check("whole pages can be mapped", field.map(1, 2), Ok(()));
-    check(
-        "a device reads what is mapped",
-        device.read(field.iova(1)),
-        Some(Field::tag(1)),
-    );
-    check(
-        "unmap returns the bytes that were mapped",
-        field.unmap(1, 2),
-        Ok(2 * field.page),
-    );
+    check("a device reads what is mapped", device.read(field.iova(1)), Some(Field::tag(1)));
+    check("unmap returns the bytes that were mapped", field.unmap(1, 2), Ok(2 * field.page));
     for page in [1, 2] {
-        check(
-            "a device does not read what was unmapped",
-            device.read(field.iova(page)),
-            None,
-        );
-        check(
-            "a device does not write what was unmapped",
-            device.write(field.iova(page), 0xa5),
-            false,
-        );
+        check("a device does not read what was unmapped", device.read(field.iova(page)), None);
+        check("a device does not write what was unmapped", device.write(field.iova(page), 0xa5), false);
     }
     field.holds_exactly(&[], "unmap takes the whole mapping away");
     Ok(())
@@ -36,11 +20,7 @@ pub(super) fn ends_access(bed: &dyn Bed) -> Result<(), Skip> {
 
 pub(super) fn of_a_hole_is_no_error(bed: &dyn Bed) -> Result<(), Skip> {
     let field = Field::new(bed);
-    check(
-        "an unmap where nothing is mapped returns 0",
-        field.unmap(0, field.pages),
-        Ok(0),
-    );
+    check("an unmap where nothing is mapped returns 0", field.unmap(0, field.pages), Ok(0));
     check("whole pages can be mapped", field.map(2, 1), Ok(()));
     check("whole pages can be mapped", field.map(5, 1), Ok(()));
     check("an unmap of a hole returns 0", field.unmap(3, 2), Ok(0));
@@ -57,11 +37,7 @@ pub(super) fn covers_mappings_and_holes(bed: &dyn Bed) -> Result<(), Skip> {
         check("whole pages can be mapped", field.map(at, pages), Ok(()));
     }
     let bytes = field.unmap(1, 11);
-    check(
-        "an unmap over mappings and holes returns the bytes of all mappings",
-        bytes,
-        Ok(7 * field.page),
-    );
+    check("an unmap over mappings and holes returns the bytes of all mappings", bytes, Ok(7 * field.page));
     field.holds_exactly(&[(0, 1, 0), (13, 1, 13)], "an unmap leaves what it does not cover");
     Ok(())
 }
@@ -82,10 +58,7 @@ pub(super) fn never_cuts(bed: &dyn Bed) -> Result<(), Skip> {
         let rule = format!("an unmap that {what} fails with `Invalid`");
         check(&rule, field.unmap(at, pages), Err(MapError::Invalid));
     }
-    field.holds_exactly(
-        &[(1, 1, 1), (4, 4, 4), (8, 1, 8)],
-        "an unmap that would cut a mapping changes nothing",
-    );
+    field.holds_exactly(&[(1, 1, 1), (4, 4, 4), (8, 1, 8)], "an unmap that would cut a mapping changes nothing");
     Ok(())
 }
 
@@ -111,22 +84,10 @@ pub(super) fn refuses_what_is_not_pages(bed: &dyn Bed) -> Result<(), Skip> {
 pub(super) fn makes_room_to_map_again(bed: &dyn Bed) -> Result<(), Skip> {
     let field = Field::new(bed);
     for onto in [3, 8, 3] {
-        check(
-            "what was unmapped can be mapped again",
-            field.map_onto(3, 4, onto),
-            Ok(()),
-        );
-        check(
-            "unmap returns the bytes that were mapped",
-            field.unmap(3, 4),
-            Ok(4 * field.page),
-        );
+        check("what was unmapped can be mapped again", field.map_onto(3, 4, onto), Ok(()));
+        check("unmap returns the bytes that were mapped", field.unmap(3, 4), Ok(4 * field.page));
     }
-    check(
-        "a part of what was unmapped can be mapped",
-        field.map_onto(4, 1, 9),
-        Ok(()),
-    );
+    check("a part of what was unmapped can be mapped", field.map_onto(4, 1, 9), Ok(()));
     field.holds_exactly(&[(4, 1, 9)], "a new mapping owes nothing to the old");
     Ok(())
 }

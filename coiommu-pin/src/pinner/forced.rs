@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Acquire, Ordering::Release};
+use std::sync::atomic::{AtomicUsize, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
 use std::time::Duration;
 
 use coiommu_dtt::{Gfn, Gpa, PAGE_SIZE};
@@ -26,6 +26,8 @@ pub struct ForcedUnpin {
     hold: Hold,
     next: BlockNo,
     started: Duration,
+    /// How many regions had come when it began.
+    regions_added: u64,
     report: UnpinReport,
 }
 
@@ -101,11 +103,7 @@ impl Holds {
         list.next_id += 1;
         list.held.push((id, gfns.clone()));
         self.count.store(list.held.len(), Release);
-        Hold {
-            holds: Arc::clone(self),
-            id,
-            gfns,
-        }
+        Hold { holds: Arc::clone(self), id, gfns }
     }
 
     fn remove(&self, id: u64) {
@@ -120,9 +118,7 @@ impl Holds {
             return PageSet::EMPTY;
         }
         let list = self.list.lock();
-        list.held
-            .iter()
-            .fold(PageSet::EMPTY, |pages, (_, gfns)| pages | no.pages_in(gfns))
+        list.held.iter().fold(PageSet::EMPTY, |pages, (_, gfns)| pages | no.pages_in(gfns))
     }
 }
 
@@ -134,12 +130,9 @@ impl<S: TableSpace> Pinner<S> {
         let last = Gfn::containing(Gpa::new(gpa.raw().saturating_add(bytes.saturating_sub(1))));
         let end = if bytes == 0 { first.raw() } else { last.raw() + 1 };
         let hold = self.holds.add(first.raw()..end);
-        ForcedUnpin {
-            hold,
-            next: BlockNo::of(first),
-            started: clock.now(),
-            report: UnpinReport::default(),
-        }
+        let regions_added = self.regions_added.load(Relaxed);
+        let report = UnpinReport::default();
+        ForcedUnpin { hold, next: BlockNo::of(first), started: clock.now(), regions_added, report }
     }
 
     /// Unpins the next blocks of a range.
@@ -147,12 +140,9 @@ impl<S: TableSpace> Pinner<S> {
         let gfns = unpin.hold.gfns.clone();
         let in_time = clock.now() < unpin.started.saturating_add(self.config.park_time);
         for _ in 0..STEP_BLOCKS {
-            let next = self
-                .map
-                .next(unpin.next)
-                .filter(|(no, _)| intersection(&no.gfns(), &gfns).is_some());
+            let next = self.map.next(unpin.next).filter(|(no, _)| intersection(&no.gfns(), &gfns).is_some());
             let Some((no, chunk)) = next else {
-                return self.finish_unpin(unpin);
+                return self.finish_unpin(unpin, in_time);
             };
             unpin.next = no;
             let pages = no.pages_in(&gfns);
@@ -169,21 +159,30 @@ impl<S: TableSpace> Pinner<S> {
             }
             match no.next() {
                 Some(next) => unpin.next = next,
-                None => return self.finish_unpin(unpin),
+                None => return self.finish_unpin(unpin, in_time),
             }
         }
         UnpinStep::More(unpin)
     }
 
-    fn finish_unpin(&self, unpin: ForcedUnpin) -> UnpinStep {
+    fn finish_unpin(&self, mut unpin: ForcedUnpin, in_time: bool) -> UnpinStep {
         // RAM that is just going is not remembered yet.
-        let Some(_no_region_changes) = self.changing_regions.try_lock() else {
+        let Some(_no_region_changes) = self.changing_regions.try_lock() else { return UnpinStep::More(unpin) };
+        let all = unpin.hold.gfns.end - unpin.hold.gfns.start;
+        let regions_added = self.regions_added.load(Relaxed);
+        if unpin.regions_added != regions_added {
+            // RAM came, and with it maybe, behind us, what was pinned when it went.
+            if !in_time {
+                return UnpinStep::Done(UnpinReport { busy: all, ..UnpinReport::default() }, None);
+            }
+            unpin.regions_added = regions_added;
+            unpin.next = BlockNo::of(Gfn::new(unpin.hold.gfns.start).unwrap_or(Gfn::MAX));
+            unpin.report = UnpinReport::default();
             return UnpinStep::More(unpin);
-        };
+        }
         let ForcedUnpin { hold, mut report, .. } = unpin;
         // What was in use when its RAM went will be mapped again when it returns.
         report.busy += self.regions.read().remembered(&hold.gfns);
-        let all = hold.gfns.end - hold.gfns.start;
         report.not_pinned = all.saturating_sub(report.released + report.busy + report.parked);
         UnpinStep::Done(report, report.may_be_taken().then_some(hold))
     }
@@ -194,10 +193,7 @@ impl<S: TableSpace> Pinner<S> {
             let mapped = block.mapped() & pages;
             match activation.dtt {
                 Some(dtt) => {
-                    let limit = Limit {
-                        pages: None,
-                        first_may_pass: true,
-                    };
+                    let limit = Limit { pages: None, first_may_pass: true };
                     self.unpin_block(no, block, Ask::Forced(pages), limit, dtt, &self.space.view());
                 }
                 // Nobody uses what a drain could not unmap, but it is still mapped: try again.
@@ -208,11 +204,7 @@ impl<S: TableSpace> Pinner<S> {
             let busy = (block.mapped() & pages).len();
             let released = mapped.len() - busy;
             self.counts.pages_unpinned_forced.add(released);
-            UnpinReport {
-                released,
-                busy,
-                ..UnpinReport::default()
-            }
+            UnpinReport { released, busy, ..UnpinReport::default() }
         })
     }
 }

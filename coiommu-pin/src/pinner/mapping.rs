@@ -120,9 +120,7 @@ impl<S: TableSpace> Pinner<S> {
 
     fn call_unmap(&self, pages: &Range<usize>, no: BlockNo) -> Result<u64, MapError> {
         self.counts.unmap_calls.add(1);
-        let result = self
-            .mapper
-            .unmap(no.gfn(pages.start).gpa().raw(), pages.len() as u64 * PAGE_SIZE);
+        let result = self.mapper.unmap(no.gfn(pages.start).gpa().raw(), pages.len() as u64 * PAGE_SIZE);
         if result.is_err() {
             self.counts.unmap_failures.add(1);
         }

@@ -26,7 +26,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use coiommu_dtt::walk::DttError;
@@ -145,6 +145,8 @@ pub struct Pinner<S: TableSpace> {
     regions: RwLock<Regions>,
     /// Held while regions come and go, one at a time, and while draining; before all other locks.
     changing_regions: Mutex<()>,
+    /// How many regions ever came. Changed and decided upon with `changing_regions` held, hence relaxed.
+    regions_added: AtomicU64,
     map: PinMap,
     activation: RwLock<Activation>,
     /// How many PARKs without their UNPARK.
@@ -181,6 +183,7 @@ impl<S: TableSpace> Pinner<S> {
             config,
             regions: RwLock::default(),
             changing_regions: Mutex::default(),
+            regions_added: AtomicU64::new(0),
             map: PinMap::default(),
             activation: RwLock::default(),
             park: RwLock::default(),
@@ -290,10 +293,7 @@ impl<S: TableSpace> Pinner<S> {
         let mut extents = Vec::new();
         for (block, chunk) in self.map.blocks(BlockNo::FIRST) {
             let here = chunk.lock(block).extents();
-            extents.extend(here.map(|pages| Extent {
-                first: block.gfn(pages.start),
-                pages: pages.len() as u64,
-            }));
+            extents.extend(here.map(|pages| Extent { first: block.gfn(pages.start), pages: pages.len() as u64 }));
         }
         extents
     }

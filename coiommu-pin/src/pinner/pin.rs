@@ -155,11 +155,7 @@ impl<S: TableSpace> Pinner<S> {
         let view = self.space.view();
         if let Err(refusal) = request.read_piece(&*view, &self.config.endpoints, scratch) {
             let is_away = matches!(refusal, Refusal::Unreadable(_)) && self.regions.read().any_absent();
-            return if may_wait && is_away {
-                Step::Wait
-            } else {
-                Step::Done(PinResult::Refused(refusal))
-            };
+            return if may_wait && is_away { Step::Wait } else { Step::Done(PinResult::Refused(refusal)) };
         }
         let piece = self.pin_piece(request, scratch.piece(), dtt, &view, times);
         if piece.absent > 0 && may_wait && !piece.timed_out {
@@ -193,10 +189,7 @@ impl<S: TableSpace> Pinner<S> {
             let mut outcome = self.pin_block(no, wanted, dtt, mem, times);
             if !outcome.short.is_empty() && !request.made_room && !outcome.timed_out {
                 request.made_room = true;
-                let need = Need {
-                    pages: outcome.short.len(),
-                    mappings: outcome.short.runs().count() as u64,
-                };
+                let need = Need { pages: outcome.short.len(), mappings: outcome.short.runs().count() as u64 };
                 if self.make_room(need, dtt, mem, &|| times.is_over()) {
                     let again = self.pin_block(no, outcome.short, dtt, mem, times);
                     outcome.failed |= again.failed;
@@ -219,11 +212,7 @@ impl<S: TableSpace> Pinner<S> {
     fn pin_block(&self, no: BlockNo, wanted: PageSet, dtt: Dtt, mem: &Memory<S>, times: Times<'_>) -> Outcome {
         // Books are made for blocks with RAM only.
         let has_ram = self.regions.read().touches(&no.gfns());
-        let chunk = if has_ram {
-            Some(self.map.chunk_or_new(no))
-        } else {
-            self.map.chunk(no)
-        };
+        let chunk = if has_ram { Some(self.map.chunk_or_new(no)) } else { self.map.chunk(no) };
         let Some(chunk) = chunk else {
             return self.without_ram(no, wanted);
         };
@@ -231,16 +220,10 @@ impl<S: TableSpace> Pinner<S> {
         let table = match dtt.leaf_table(mem, no.gfn(0)) {
             Ok(table) => table,
             Err(WalkError::Unreadable(_)) if self.regions.read().any_absent() => {
-                return Outcome {
-                    absent: wanted,
-                    ..Outcome::default()
-                };
+                return Outcome { absent: wanted, ..Outcome::default() };
             }
             Err(_) => {
-                return Outcome {
-                    failed: wanted,
-                    ..Outcome::default()
-                };
+                return Outcome { failed: wanted, ..Outcome::default() };
             }
         };
         let before = block.mapped();
@@ -268,11 +251,7 @@ impl<S: TableSpace> Pinner<S> {
         for page in wanted.pages().filter(|&page| regions.is_absent(no.gfn(page))) {
             absent.insert_page(page);
         }
-        Outcome {
-            failed: wanted - absent,
-            absent,
-            ..Outcome::default()
-        }
+        Outcome { failed: wanted - absent, absent, ..Outcome::default() }
     }
 
     /// Maps the pages of a block that are not mapped, extent by extent. One that fails does not spoil the others.
@@ -287,11 +266,7 @@ impl<S: TableSpace> Pinner<S> {
         missing -= held;
         while let Some(page) = missing.first_from(0) {
             let Some(region) = regions.find(no.gfn(page)) else {
-                let to = if regions.is_absent(no.gfn(page)) {
-                    &mut outcome.absent
-                } else {
-                    &mut outcome.failed
-                };
+                let to = if regions.is_absent(no.gfn(page)) { &mut outcome.absent } else { &mut outcome.failed };
                 to.insert_page(page);
                 missing -= PageSet::range(page..page + 1);
                 continue;

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use coiommu_dtt::walk::WalkError;
 use coiommu_dtt::{Dtt, Gfn, Gpa, PAGE_SIZE};
@@ -25,11 +26,7 @@ impl<S: TableSpace> Pinner<S> {
         let (gpa, bytes, gfns) = (region.gpa(), region.bytes(), region.gfns());
         let last = gpa.raw() + (bytes - 1);
         let limits = self.mapper.limits();
-        if !limits
-            .iova_ranges
-            .iter()
-            .any(|range| range.contains(&gpa.raw()) && range.contains(&last))
-        {
+        if !limits.iova_ranges.iter().any(|range| range.contains(&gpa.raw()) && range.contains(&last)) {
             return Err(RegionError::OutsideIommu { gpa, bytes });
         }
         if self.regions.read().touches(&gfns) {
@@ -40,6 +37,7 @@ impl<S: TableSpace> Pinner<S> {
         if stuck > 0 {
             return Err(RegionError::Stuck { gpa, pages: stuck });
         }
+        self.regions_added.fetch_add(1, Relaxed);
         let region = Arc::new(region);
         let returning = self.regions.write().add(Arc::clone(&region));
         let lost: u64 = returning.iter().map(|absent| self.bring_back(absent, &region)).sum();
@@ -64,11 +62,7 @@ impl<S: TableSpace> Pinner<S> {
         let gfns = first..first.saturating_add(bytes / PAGE_SIZE);
         let exact = gpa.is_page_aligned() && bytes.is_multiple_of(PAGE_SIZE);
         // From here on nothing new is mapped; who is at it now holds a block's lock, which is waited for below.
-        let removed = if exact {
-            self.regions.write().remove(&gfns)
-        } else {
-            None
-        };
+        let removed = if exact { self.regions.write().remove(&gfns) } else { None };
         let forgotten = removed.ok_or(RegionError::Unknown { gpa, bytes })?;
         let stuck = self.unmap_absent(&gfns);
         self.clear_stale(forgotten);
@@ -85,11 +79,7 @@ impl<S: TableSpace> Pinner<S> {
         let Some(first) = Gfn::new(gfns.start) else {
             return stuck;
         };
-        for (no, chunk) in self
-            .map
-            .blocks(BlockNo::of(first))
-            .take_while(|(no, _)| no.gfns().start < gfns.end)
-        {
+        for (no, chunk) in self.map.blocks(BlockNo::of(first)).take_while(|(no, _)| no.gfns().start < gfns.end) {
             let mut block = chunk.lock(no);
             let going = block.mapped() & no.pages_in(gfns);
             if going.is_empty() {
@@ -125,13 +115,10 @@ impl<S: TableSpace> Pinner<S> {
             };
             let chunk = self.map.chunk_or_new(no);
             let mut block = chunk.lock(no);
-            // A pin that came first has mapped what it needed; what is held stays out.
+            // A pin that came first has mapped what it needed. No hold has any of these pages: a forced unpin counts them
+            // as busy, and begins again if they come back meanwhile.
             let missing = no.pages_in(extent) - block.mapped();
-            let back = if same {
-                missing - self.holds.pages_of(no)
-            } else {
-                PageSet::EMPTY
-            };
+            let back = if same { missing } else { PageSet::EMPTY };
             let lost = (missing - back) | self.map_again(no, &mut block, back, region);
             pages += lost.len();
             let start = no.gfns().start;

@@ -153,10 +153,7 @@ impl<S: TableSpace> Pinner<S> {
                     *self.room_hand.lock() = no;
                     return freed_pages > 0;
                 }
-                let limit = Limit {
-                    pages: None,
-                    first_may_pass: true,
-                };
+                let limit = Limit { pages: None, first_may_pass: true };
                 match self.try_block(no, &chunk, |block| self.unpin_block(no, block, ask, limit, dtt, mem)) {
                     Ok(unpinned) => {
                         self.counts.pages_unpinned_for_room.add(unpinned.pages);
@@ -268,9 +265,7 @@ fn choose<W: Word32>(
         return (going, false);
     }
     for extent in block.extents().filter(|extent| free.contains_all(extent.clone())) {
-        let passes = limit
-            .pages
-            .is_some_and(|pages| going.len() + extent.len() as u64 > pages);
+        let passes = limit.pages.is_some_and(|pages| going.len() + extent.len() as u64 > pages);
         if passes && !(limit.first_may_pass && going.is_empty()) {
             return (going, true);
         }
@@ -322,27 +317,15 @@ impl<'m, W: Word32> Leaves<'m, W> {
             Place::Freed | Place::Unreadable => None,
         };
         let no = self.no;
-        table
-            .into_iter()
-            .flat_map(move |table| pages.pages().map(move |page| table.leaf(no.gfn(page))))
+        table.into_iter().flat_map(move |table| pages.pages().map(move |page| table.leaf(no.gfn(page))))
     }
 
     /// Reads the leaves of some pages; of 64 at a time, if one of them is asked for.
     fn look(&self, pages: PageSet) -> Look {
-        let mut look = Look {
-            uncounted: PageSet::ALL,
-            accessed: PageSet::EMPTY,
-            leaves: 0,
-        };
+        let mut look = Look { uncounted: PageSet::ALL, accessed: PageSet::EMPTY, leaves: 0 };
         let Place::Table(table) = &self.place else { return look };
         let first = self.no.gfn(0).leaf_index();
-        for (at, words) in table
-            .words()
-            .get(first..)
-            .unwrap_or_default()
-            .chunks(WORD_PAGES)
-            .enumerate()
-        {
+        for (at, words) in table.words().get(first..).unwrap_or_default().chunks(WORD_PAGES).enumerate() {
             if pages.word(at) == 0 {
                 continue;
             }
@@ -401,18 +384,11 @@ mod tests {
 
     #[test]
     fn old_blocks_are_looked_at_every_so_many_rounds() {
-        let policy = Policy {
-            unpin_gen_threshold: 3,
-            ..Policy::default()
-        };
-        let looked_at: Vec<u32> = (0..12_u32)
-            .filter(|age| !is_resting(&policy, u32::MAX, age.wrapping_add(u32::MAX)))
-            .collect();
+        let policy = Policy { unpin_gen_threshold: 3, ..Policy::default() };
+        let looked_at: Vec<u32> =
+            (0..12_u32).filter(|age| !is_resting(&policy, u32::MAX, age.wrapping_add(u32::MAX))).collect();
         assert_eq!(looked_at, [0, 1, 2, 3, 6, 9]);
-        let never = Policy {
-            unpin_gen_threshold: 0,
-            ..Policy::default()
-        };
+        let never = Policy { unpin_gen_threshold: 0, ..Policy::default() };
         assert!((0..100).all(|round| !is_resting(&never, 0, round)));
     }
 }

@@ -1,9 +1,5 @@
 //! A guest, a pinner and an IOMMU in software, with RAM that has a hole and ends in the middle of blocks.
-#![allow(
-    dead_code,
-    unreachable_pub,
-    reason = "a module of several tests, each of which uses its part"
-)]
+#![allow(dead_code, unreachable_pub, reason = "a module of several tests, each of which uses its part")]
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -105,9 +101,7 @@ impl Rig {
         let config = PinnerConfig::new(policy, vec![Bdf::new(0x20).unwrap(), bdf]);
         let pinner = Pinner::new(Arc::clone(&memory), Arc::clone(&iommu) as Arc<dyn DmaMapper>, config).unwrap();
         for region in &ram {
-            pinner
-                .add_region(RamRegion::from_vm_memory(Arc::clone(region)).unwrap())
-                .unwrap();
+            pinner.add_region(RamRegion::from_vm_memory(Arc::clone(region)).unwrap()).unwrap();
         }
         let pages = Pages(AtomicU64::new(TABLES));
         let guest = GuestDtt::new(&*memory, &pages, Levels::new(4).unwrap(), 8).unwrap();
@@ -116,17 +110,7 @@ impl Rig {
         for page in (0..GFNS).step_by(512) {
             guest.leaf_table(&*memory, &pages, gfn(page)).unwrap();
         }
-        Self {
-            memory,
-            iommu,
-            pinner,
-            guest,
-            pages,
-            scratch: Scratch::default(),
-            clock: TestClock::default(),
-            ram,
-            bdf,
-        }
+        Self { memory, iommu, pinner, guest, pages, scratch: Scratch::default(), clock: TestClock::default(), ram, bdf }
     }
 
     /// The leaves of all pages below [`GFNS`].
@@ -141,12 +125,7 @@ impl Rig {
     }
 
     pub fn leaf(&self, page: u64) -> LeafEntry {
-        self.guest
-            .dtt()
-            .leaf_table(&*self.memory, gfn(page))
-            .unwrap()
-            .leaf(gfn(page))
-            .load()
+        self.guest.dtt().leaf_table(&*self.memory, gfn(page)).unwrap().leaf(gfn(page)).load()
     }
 
     /// Where the first region's pages are in this process.
@@ -202,18 +181,14 @@ impl Rig {
     }
 
     pub fn add(&self, region: &Arc<GuestRegionMmap>) -> Result<(), coiommu_pin::region::RegionError> {
-        self.pinner
-            .add_region(RamRegion::from_vm_memory(Arc::clone(region)).unwrap())
+        self.pinner.add_region(RamRegion::from_vm_memory(Arc::clone(region)).unwrap())
     }
 
     /// Forced unpin to its end, with time passing while it is parked.
     pub fn force(&self, pages: &Range<u64>) -> (coiommu_pin::pinner::UnpinReport, Option<coiommu_pin::pinner::Hold>) {
         use coiommu_pin::pinner::UnpinStep;
-        let mut unpin = self.pinner.begin_unpin(
-            Gpa::new(pages.start * PAGE),
-            (pages.end - pages.start) * PAGE,
-            &self.clock,
-        );
+        let mut unpin =
+            self.pinner.begin_unpin(Gpa::new(pages.start * PAGE), (pages.end - pages.start) * PAGE, &self.clock);
         for _ in 0..10_000 {
             unpin = match self.pinner.step_unpin(unpin, &self.clock) {
                 UnpinStep::Done(report, hold) => return (report, hold),
@@ -229,37 +204,22 @@ impl Rig {
 
     /// What the IOMMU has, in gfns: start and pages.
     pub fn iommu_extents(&self) -> BTreeMap<u64, u64> {
-        self.iommu
-            .snapshot()
-            .into_iter()
-            .map(|(iova, bytes)| (iova / PAGE, bytes / PAGE))
-            .collect()
+        self.iommu.snapshot().into_iter().map(|(iova, bytes)| (iova / PAGE, bytes / PAGE)).collect()
     }
 
     /// What the pin map has.
     pub fn extents(&self) -> BTreeMap<u64, u64> {
-        self.pinner
-            .extents()
-            .into_iter()
-            .map(|Extent { first, pages }| (first.raw(), pages))
-            .collect()
+        self.pinner.extents().into_iter().map(|Extent { first, pages }| (first.raw(), pages)).collect()
     }
 
     pub fn mapped_pages(&self) -> Vec<u64> {
-        self.extents()
-            .iter()
-            .flat_map(|(&first, &pages)| first..first + pages)
-            .collect()
+        self.extents().iter().flat_map(|(&first, &pages)| first..first + pages).collect()
     }
 
     /// The invariants of the host's books, which hold whatever the guest and the mapper do.
     pub fn check_books(&self) {
         let extents = self.extents();
-        assert_eq!(
-            extents,
-            self.iommu_extents(),
-            "the IOMMU's mappings are exactly the pin map's"
-        );
+        assert_eq!(extents, self.iommu_extents(), "the IOMMU's mappings are exactly the pin map's");
         assert_eq!(self.pinner.mappings(), extents.len() as u64);
         assert_eq!(self.pinner.pinned_pages(), extents.values().sum::<u64>());
         for (&first, &pages) in &extents {
@@ -267,10 +227,7 @@ impl Rig {
             assert_eq!(first / 512, last / 512, "an extent lies in one block");
         }
         let counters = self.pinner.counters();
-        assert_eq!(
-            counters.pages_pinned - counters.pages_unpinned,
-            self.pinner.pinned_pages()
-        );
+        assert_eq!(counters.pages_pinned - counters.pages_unpinned, self.pinner.pinned_pages());
         if let Some(quota) = self.pinner.policy().quota {
             assert!(self.pinner.pinned_pages() * PAGE <= quota);
         }

@@ -50,18 +50,12 @@ impl Builder {
 
     /// See [`SoftIommu::set_entry_limit`]. [`DEFAULT_ENTRY_LIMIT`] unless set.
     pub fn entry_limit(self, mappings: Option<u64>) -> Self {
-        Self {
-            entry_limit: mappings,
-            ..self
-        }
+        Self { entry_limit: mappings, ..self }
     }
 
     /// See [`SoftIommu::set_pinned_limit`]. No limit unless set.
     pub fn pinned_limit(self, bytes: Option<u64>) -> Self {
-        Self {
-            pinned_limit: bytes,
-            ..self
-        }
+        Self { pinned_limit: bytes, ..self }
     }
 
     /// Makes it.

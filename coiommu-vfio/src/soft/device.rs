@@ -60,10 +60,7 @@ pub(super) struct FaultLog {
 
 impl FaultLog {
     pub(super) fn new() -> Self {
-        Self {
-            newest: VecDeque::with_capacity(FAULTS_KEPT),
-            count: 0,
-        }
+        Self { newest: VecDeque::with_capacity(FAULTS_KEPT), count: 0 }
     }
 
     fn record(&mut self, fault: DmaFault) {
@@ -103,9 +100,7 @@ impl SoftIommu {
     ///
     /// The fault, which is recorded as well. Memory is written up to it and as before from there on.
     pub fn write(&self, iova: u64, buf: &[u8]) -> Result<(), DmaFault> {
-        self.transfer(iova, buf.len(), Access::Write, |memory, piece| {
-            memory.copy_from(&buf[piece])
-        })
+        self.transfer(iova, buf.len(), Access::Write, |memory, piece| memory.copy_from(&buf[piece]))
     }
 
     /// Where a device's access at `iova` would go.
@@ -116,10 +111,9 @@ impl SoftIommu {
     ///
     /// The fault, which is recorded as well.
     pub fn translate(&self, iova: u64, access: Access) -> Result<Translation, DmaFault> {
-        let found = sync::read(&self.table).find(iova).map(|(host, offset)| Translation {
-            hva: host.address(offset),
-            len: (host.len() - offset) as u64,
-        });
+        let found = sync::read(&self.table)
+            .find(iova)
+            .map(|(host, offset)| Translation { hva: host.address(offset), len: (host.len() - offset) as u64 });
         found.ok_or_else(|| self.fault(iova, access))
     }
 

@@ -21,10 +21,7 @@ pub(crate) struct Span {
 
 impl Span {
     /// Every address.
-    pub(crate) const ALL: Self = Self {
-        first: 0,
-        last: u64::MAX,
-    };
+    pub(crate) const ALL: Self = Self { first: 0, last: u64::MAX };
 
     /// `None`: empty or wrapping.
     pub(crate) fn new(start: u64, len: u64) -> Option<Self> {
@@ -169,27 +166,17 @@ impl Table {
     pub(crate) fn bytes_in(&self, span: Span) -> u64 {
         // Of the mappings that begin before `span`, only the one at its first byte can reach in.
         let first = self.mapping_at(span.first).map_or(span.first, |(start, _)| start);
-        self.within(Span { first, ..span })
-            .filter_map(|mapping| span_of(mapping).and(span))
-            .map(Span::len)
-            .sum()
+        self.within(Span { first, ..span }).filter_map(|mapping| span_of(mapping).and(span)).map(Span::len).sum()
     }
 
     /// The mappings that begin in `span`, in no order.
     pub(crate) fn within(&self, span: Span) -> impl Iterator<Item = Mapping<'_>> {
-        let narrow = self
-            .chunks_in(span)
-            .filter_map(|number| Some((number, self.chunks.get(&number)?)))
-            .flat_map(move |(number, chunk)| {
-                chunk
-                    .within(self.pages_in(number, span))
-                    .map(move |(page, host)| (self.iova_of(number, page), host))
-            });
-        narrow.chain(
-            self.wide
-                .range(span.first..=span.last)
-                .map(|(&start, host)| (start, host)),
-        )
+        let narrow = self.chunks_in(span).filter_map(|number| Some((number, self.chunks.get(&number)?))).flat_map(
+            move |(number, chunk)| {
+                chunk.within(self.pages_in(number, span)).map(move |(page, host)| (self.iova_of(number, page), host))
+            },
+        );
+        narrow.chain(self.wide.range(span.first..=span.last).map(|(&start, host)| (start, host)))
     }
 
     /// Takes out the one mapping that is exactly `span`: by far the most frequent removal. False: there is no such one, or
@@ -213,9 +200,7 @@ impl Table {
     /// The kernel's test: the mappings at either end do not reach out.
     fn cuts(&self, span: Span) -> bool {
         self.mapping_at(span.first).is_some_and(|(start, _)| start < span.first)
-            || self
-                .mapping_at(span.last)
-                .is_some_and(|mapping| span_of(mapping).last > span.last)
+            || self.mapping_at(span.last).is_some_and(|mapping| span_of(mapping).last > span.last)
     }
 
     /// Takes out the mappings that begin in `span` and returns how many they were and their bytes.
@@ -236,17 +221,13 @@ impl Table {
                 entry.remove();
             }
         }
-        self.wide
-            .extract_if(span.first..=span.last, |_, _| true)
-            .for_each(|(_, host)| gone(host));
+        self.wide.extract_if(span.first..=span.last, |_, _| true).for_each(|(_, host)| gone(host));
         (count, bytes)
     }
 
     fn mapping_at(&self, iova: u64) -> Option<Mapping<'_>> {
         let reaches = |mapping: &Mapping<'_>| span_of(*mapping).last >= iova;
-        self.last_in_chunk(iova)
-            .filter(reaches)
-            .or_else(|| self.last_wide(iova).filter(reaches))
+        self.last_in_chunk(iova).filter(reaches).or_else(|| self.last_wide(iova).filter(reaches))
     }
 
     /// The last mapping within the chunk of `iova` that begins at or before `iova`.
@@ -266,12 +247,7 @@ impl Table {
         let numbers = self.chunk_of(span.first)..=self.chunk_of(span.last);
         let few = numbers.end() - numbers.start() <= self.chunks.len() as u64;
         let by_number = few.then(|| numbers.clone());
-        let all = (!few).then(|| {
-            self.chunks
-                .keys()
-                .copied()
-                .filter(move |number| numbers.contains(number))
-        });
+        let all = (!few).then(|| self.chunks.keys().copied().filter(move |number| numbers.contains(number)));
         by_number.into_iter().flatten().chain(all.into_iter().flatten())
     }
 
@@ -297,19 +273,13 @@ impl Table {
 
     fn span_of_chunk(&self, number: u64) -> Span {
         let offset_bits = (1 << self.page_shift) - 1;
-        Span {
-            first: self.iova_of(number, 0),
-            last: self.iova_of(number, PAGES - 1) | offset_bits,
-        }
+        Span { first: self.iova_of(number, 0), last: self.iova_of(number, PAGES - 1) | offset_bits }
     }
 }
 
 /// The IOVAs of a mapping, which is never empty and never wraps: it was entered by its span.
 fn span_of((first, host): Mapping<'_>) -> Span {
-    Span {
-        first,
-        last: first + (host.len() as u64 - 1),
-    }
+    Span { first, last: first + (host.len() as u64 - 1) }
 }
 
 #[cfg(test)]

@@ -41,9 +41,7 @@ impl SoftBed {
 
 impl Debug for SoftBed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SoftBed")
-            .field("memory", &self.memory)
-            .finish_non_exhaustive()
+        f.debug_struct("SoftBed").field("memory", &self.memory).finish_non_exhaustive()
     }
 }
 
@@ -57,22 +55,13 @@ unsafe impl Bed for SoftBed {
         let builder = SoftIommu::builder().page_sizes(self.page_sizes).iova_ranges(PC_RANGES);
         let iommu = Arc::new(builder.entry_limit(Some(entries)).build());
         let mapper = (self.mapper)(iommu.clone());
-        Some(Rig {
-            mapper,
-            device: Some(Arc::new(SoftDevice(iommu))),
-        })
+        Some(Rig { mapper, device: Some(Arc::new(SoftDevice(iommu))) })
     }
 
     fn memory(&self) -> Memory<'_> {
         let start = self.memory.as_ptr();
         let hva = start.wrapping_add(start.align_offset(ALIGNMENT));
-        Memory {
-            backing: Backing {
-                hva: NonNull::new(hva).unwrap(),
-                file: None,
-            },
-            len: MIN_MEMORY,
-        }
+        Memory { backing: Backing { hva: NonNull::new(hva).unwrap(), file: None }, len: MIN_MEMORY }
     }
 
     fn iova(&self) -> u64 {

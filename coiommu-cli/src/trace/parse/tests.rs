@@ -37,11 +37,7 @@ fn map(family: Family, key: u64) -> What {
 }
 
 fn unmap(family: Family, key: u64, size: impl Into<Option<u64>>) -> What {
-    What::Unmap {
-        family,
-        key,
-        size: size.into(),
-    }
+    What::Unmap { family, key, size: size.into() }
 }
 
 #[test]
@@ -67,19 +63,9 @@ fn lists_map_and_unmap_by_first_physical_address() {
               phys_addrs={0x7000,0x9000} attrs=";
     let segments = vec![(0x1000, 0x1000), (0x3000, 0x10)];
     assert_eq!(what(on), Some((map(Family::ScatterList, 0x7000), segments.clone())));
-    assert_eq!(
-        what(&on.replace("nents=2/2 ents=2/2 ", "")).unwrap().1,
-        segments,
-        "as 6.12 began"
-    );
-    assert_eq!(
-        what(&on.replace(" phys_addrs={0x7000,0x9000}", "")).unwrap().0,
-        map(Family::ScatterList, 0x1000)
-    );
-    assert_eq!(
-        what(&on.replace("{0x7000,0x9000}", "{}")).unwrap().0,
-        map(Family::ScatterList, 0x1000)
-    );
+    assert_eq!(what(&on.replace("nents=2/2 ents=2/2 ", "")).unwrap().1, segments, "as 6.12 began");
+    assert_eq!(what(&on.replace(" phys_addrs={0x7000,0x9000}", "")).unwrap().0, map(Family::ScatterList, 0x1000));
+    assert_eq!(what(&on.replace("{0x7000,0x9000}", "{}")).unwrap().0, map(Family::ScatterList, 0x1000));
     let off = what("dma_unmap_sg: d dir=NONE phys_addrs={0x7000,0x9000} attrs=");
     assert_eq!(off, Some((unmap(Family::ScatterList, 0x7000, None), vec![])));
 }
@@ -107,13 +93,7 @@ fn the_rest_is_named_only() {
     for failed in ["dma_map_sg_err", "dma_alloc_err", "dma_alloc_sgt_err"] {
         assert_eq!(is(failed), Some(What::Failed));
     }
-    for foreign in [
-        "dma_fence_emit",
-        "dma_map",
-        "sched_switch",
-        "dma_map_pages",
-        "xdma:dma_map_page",
-    ] {
+    for foreign in ["dma_fence_emit", "dma_map", "sched_switch", "dma_map_pages", "xdma:dma_map_page"] {
         assert_eq!(is(foreign), None);
     }
 }
@@ -121,13 +101,7 @@ fn the_rest_is_named_only() {
 #[test]
 fn failures_map_nothing() {
     let error = "ffffffffffffffff";
-    for name in [
-        "dma_map_page",
-        "dma_map_phys",
-        "dma_map_resource",
-        "dma_alloc",
-        "dma_alloc_sgt",
-    ] {
+    for name in ["dma_map_page", "dma_map_phys", "dma_map_resource", "dma_alloc", "dma_alloc_sgt"] {
         let event = format!("{name}: d dir=NONE dma_addr={error} size=4096 phys_addrs={{0x1}} attrs=");
         assert_eq!(what(&event).unwrap().0, What::Failed, "{name}");
     }
@@ -143,9 +117,7 @@ fn failures_map_nothing() {
         ("", false),
     ] {
         for name in ["dma_alloc", "dma_alloc_pages"] {
-            let event = what(&format!(
-                "{name}: d dma_addr=0 size=4096 virt_addr={virt} flags=0 attrs="
-            ));
+            let event = what(&format!("{name}: d dma_addr=0 size=4096 virt_addr={virt} flags=0 attrs="));
             assert_eq!(event.unwrap().0 == What::Failed, failed, "{virt}");
         }
     }
@@ -179,17 +151,13 @@ fn stale_entries_are_not_judged() {
 #[test]
 fn what_trace_cmd_cannot_print_it_shows_raw() {
     let raw = |event: &str| parsed(&format!("  mke2fs-172   [001]     7.081461: {event}"));
-    let (time, device, what, segments, truncated) = raw(
-        "dma_map_sg:           [FAILED TO PARSE] device=0000:00:03.0 full_nents=2 full_ents=2 truncated=0 \
+    let (time, device, what, segments, truncated) =
+        raw("dma_map_sg:           [FAILED TO PARSE] device=0000:00:03.0 full_nents=2 full_ents=2 truncated=0 \
          phys_addrs=ARRAY[00, 90, 2e, 5e, 00, 00, 00, 00, 00, 80, 2e, 5e, 00, 01, 00, 00] \
          dma_addrs=ARRAY[00, a0, 2e, 5e, 00, 00, 00, 00, 00, 80, 2e, 5e, 00, 01, 00, 00] \
-         lengths=ARRAY[00, 10, 00, 00, 00, 20, 00, 00] dir=1 attrs=0x0",
-    )
-    .unwrap();
-    assert_eq!(
-        (time, device.as_str(), truncated),
-        (7_081_461_000, "0000:00:03.0", false)
-    );
+         lengths=ARRAY[00, 10, 00, 00, 00, 20, 00, 00] dir=1 attrs=0x0")
+        .unwrap();
+    assert_eq!((time, device.as_str(), truncated), (7_081_461_000, "0000:00:03.0", false));
     assert_eq!(what, map(Family::ScatterList, 0x5e2e_9000));
     assert_eq!(segments, [(0x5e2e_a000, 0x1000), (0x100_5e2e_8000, 0x2000)]);
 
@@ -199,30 +167,11 @@ fn what_trace_cmd_cannot_print_it_shows_raw() {
     let table =
         "[FAILED TO PARSE] device=d phys_addrs=ARRAY[00, 90, 2e, 5e, 00, 00, 00, 00] dma_addr=1580109824 size=4096";
     let (_, _, what, segments, _) = raw(&format!("dma_alloc_sgt: {table} dir=1 flags=3264 attrs=0x0")).unwrap();
-    assert_eq!(
-        (what, segments),
-        (map(Family::ScatterTable, 0x5e2e_9000), vec![(0x5e2e_9000, 4096)])
-    );
-    assert_eq!(
-        raw("dma_sync_sg_for_cpu: [FAILED TO PARSE] device=d dma_addrs=ARRAY[]")
-            .unwrap()
-            .2,
-        What::Sync
-    );
+    assert_eq!((what, segments), (map(Family::ScatterTable, 0x5e2e_9000), vec![(0x5e2e_9000, 4096)]));
+    assert_eq!(raw("dma_sync_sg_for_cpu: [FAILED TO PARSE] device=d dma_addrs=ARRAY[]").unwrap().2, What::Sync);
 
-    for broken in [
-        "ARRAY[00, 90]",
-        "ARRAY[]",
-        "ARRAY[00, 90, 2e, 5e, 00, 00, 00, 0]",
-        "ARRAY[00, 90",
-    ] {
-        assert_eq!(
-            raw(&format!(
-                "dma_unmap_sg: [FAILED TO PARSE] device=d addrs={broken} dir=1"
-            )),
-            None,
-            "{broken}"
-        );
+    for broken in ["ARRAY[00, 90]", "ARRAY[]", "ARRAY[00, 90, 2e, 5e, 00, 00, 00, 0]", "ARRAY[00, 90"] {
+        assert_eq!(raw(&format!("dma_unmap_sg: [FAILED TO PARSE] device=d addrs={broken} dir=1")), None, "{broken}");
     }
     assert_eq!(raw("dma_sync_sg_for_cpu: [FAILED TO PARSE] dir=1"), None);
 }
@@ -296,11 +245,7 @@ fn every_printer_has_its_columns() {
         "a-1 [000]\t4.108737: dma_sync_x:",
     ] {
         let (time, device, what, ..) = parsed(&format!("{columns} dev.0 dir=NONE")).expect(columns);
-        assert_eq!(
-            (time, device.as_str(), what),
-            (4_108_737_000, "dev.0", What::Sync),
-            "{columns}"
-        );
+        assert_eq!((time, device.as_str(), what), (4_108_737_000, "dev.0", What::Sync), "{columns}");
     }
 }
 
@@ -397,11 +342,7 @@ fn any_event() -> impl Strategy<Value = (String, What, Vec<(u64, u64)>)> {
     });
     let list = (proptest::collection::vec(range, 1..130), any::<u64>()).prop_map(|(segments, phys)| {
         let join = |item: fn(&(u64, u64)) -> u64| {
-            segments
-                .iter()
-                .map(|s| format!("{:#x}", item(s)))
-                .collect::<Vec<_>>()
-                .join(",")
+            segments.iter().map(|s| format!("{:#x}", item(s))).collect::<Vec<_>>().join(",")
         };
         let (n, addrs, sizes) = (segments.len(), join(|s| s.0), join(|s| s.1));
         let event = format!(
