@@ -13,6 +13,7 @@
 //! # Rooms
 //!
 //! * `source`: bytes in, decompressed; knows how far it is
+//! * `ahead`: the decompression, in a thread of its own
 //! * `lines`: bytes to lines, in one buffer
 //! * `parse`: a line to an event; pure
 //! * `event`: what an event is
@@ -24,6 +25,7 @@
 //! 2. A cut or corrupt compressed stream is an error, even after good events: the end of a trace matters.
 //! 3. What a task calls itself cannot make an event: the kernel's own columns are found first (see `parse`).
 
+mod ahead;
 mod error;
 mod event;
 mod lines;

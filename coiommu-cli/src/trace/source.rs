@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use flate2::bufread::MultiGzDecoder;
 
+use super::ahead::Ahead;
 use super::error::TraceError;
 
 /// Compressed bytes read at a time.
@@ -90,17 +91,11 @@ impl Read for Metered {
 /// The bytes that told the format, then the rest.
 type Input = Chain<Cursor<Vec<u8>>, Metered>;
 
-enum Decoder {
-    Plain(Input),
-    Gzip(Box<MultiGzDecoder<BufReader<Input>>>),
-    Zstd(zstd::stream::read::Decoder<'static, BufReader<Input>>),
-}
-
 /// An open trace: reads as text, whatever it is stored as.
 pub(super) struct Source {
     name: String,
     format: Format,
-    decoder: Decoder,
+    text: Box<dyn Read + Send>,
     progress: Progress,
 }
 
@@ -129,18 +124,11 @@ impl Source {
         }
         let format = Format::of(&head);
         let input = Cursor::new(head).chain(input);
-        let decoder = match format {
-            Format::Plain => Decoder::Plain(input),
-            Format::Gzip => Decoder::Gzip(Box::new(MultiGzDecoder::new(BufReader::with_capacity(BLOCK, input)))),
-            Format::Zstd => {
-                // libzstd refuses windows over 128 MiB unless told otherwise: that bounds a hostile frame.
-                match zstd::stream::read::Decoder::with_buffer(BufReader::with_capacity(BLOCK, input)) {
-                    Ok(decoder) => Decoder::Zstd(decoder),
-                    Err(error) => return Err(TraceError::Corrupt { name, format, error }),
-                }
-            }
+        let text = match open_text(format, input) {
+            Ok(text) => text,
+            Err(error) => return Err(TraceError::Corrupt { name, format, error }),
         };
-        Ok(Self { name, format, decoder, progress })
+        Ok(Self { name, format, text, progress })
     }
 
     pub(super) fn name(&self) -> &str {
@@ -169,13 +157,22 @@ impl Source {
     }
 }
 
+/// The text of an input.
+fn open_text(format: Format, input: Input) -> io::Result<Box<dyn Read + Send>> {
+    Ok(match format {
+        Format::Plain => Box::new(input),
+        Format::Gzip => Box::new(Ahead::new(MultiGzDecoder::new(BufReader::with_capacity(BLOCK, input)))?),
+        Format::Zstd => {
+            // libzstd refuses windows over 128 MiB unless told otherwise: that bounds a hostile frame.
+            let decoder = zstd::stream::read::Decoder::with_buffer(BufReader::with_capacity(BLOCK, input))?;
+            Box::new(Ahead::new(decoder)?)
+        }
+    })
+}
+
 impl Read for Source {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match &mut self.decoder {
-            Decoder::Plain(input) => input.read(buf),
-            Decoder::Gzip(input) => input.read(buf),
-            Decoder::Zstd(input) => input.read(buf),
-        }
+        self.text.read(buf)
     }
 }
 
