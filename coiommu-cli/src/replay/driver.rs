@@ -19,7 +19,7 @@ use crate::trace::{Event, Family, Segment};
 /// How many CPUs the guest has: what its counts stop short of.
 pub(super) const CPUS: u16 = 1024;
 /// Open mappings are kept up to so many runs of pages, all together; drivers keep some thousands.
-const MOST_OPEN_RUNS: usize = 1 << 22;
+const MOST_OPEN_RUNS: usize = 1 << 20;
 /// Endpoints of a guest, as the ABI has it.
 const MOST_DEVICES: u16 = 4095;
 
@@ -54,7 +54,8 @@ pub(super) struct Drivers {
     devices: HashMap<String, Bdf>,
     /// The device of the last call: most often that of the next.
     last_device: Option<(String, Bdf)>,
-    open: HashMap<Key, Open>,
+    /// The newest last.
+    open: HashMap<Key, Vec<Closed>>,
     open_runs: usize,
     /// Map counts by block and page, summed over devices.
     pages: FxHashMap<u64, Box<BlockCounts>>,
@@ -67,13 +68,6 @@ pub(super) struct Drivers {
 
 /// Map counts of a block's pages; `None`: never mapped.
 type BlockCounts = [Option<u16>; BLOCK_LEN];
-
-/// An open mapping, and those that were there before with the same key.
-#[derive(Debug)]
-struct Open {
-    mapping: Closed,
-    older: Option<Box<Open>>,
-}
 
 /// A mapping that was given back.
 #[derive(Debug)]
@@ -169,15 +163,8 @@ impl Drivers {
     pub(super) fn opened(&mut self, bdf: Bdf, family: Family, key: u64, failed: u64) {
         self.open_runs += self.runs.len();
         let mapping = Closed { runs: self.runs.as_slice().into(), failed };
-        match self.open.entry((bdf, family, key)) {
-            Entry::Vacant(place) => {
-                place.insert(Open { mapping, older: None });
-            }
-            Entry::Occupied(mut place) => {
-                let older = std::mem::replace(place.get_mut(), Open { mapping, older: None });
-                place.get_mut().older = Some(Box::new(older));
-            }
-        }
+        self.open.entry((bdf, family, key)).or_default().push(mapping);
+        self.space.announced();
     }
 
     /// The mapping that an unmap call gives back, the newest of its address; `None` if there is none.
@@ -192,13 +179,11 @@ impl Drivers {
 
     fn close(&mut self, device: &str, family: Family, key: u64) -> Option<Closed> {
         let bdf = self.known_device(device)?;
-        let Entry::Occupied(mut place) = self.open.entry((bdf, family, key)) else {
-            return None;
-        };
-        let closed = match place.get_mut().older.take() {
-            Some(older) => std::mem::replace(place.get_mut(), *older).mapping,
-            None => place.remove().mapping,
-        };
+        let Entry::Occupied(mut place) = self.open.entry((bdf, family, key)) else { return None };
+        let closed = place.get_mut().pop()?;
+        if place.get().is_empty() {
+            place.remove();
+        }
         self.open_runs -= closed.runs.len();
         Some(closed)
     }

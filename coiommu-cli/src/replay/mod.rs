@@ -40,12 +40,12 @@ use driver::{Drivers, Played};
 use report::Report;
 use stack::Stack;
 
-/// Policies worth comparing, from the finest and laziest on.
+/// Policies worth comparing: each extent, with pages that stay and with pages that go.
 const DEFAULT_POLICIES: [&str; 6] = [
     "extent=page",
     "extent=run",
     "extent=aligned=2m",
-    "extent=run,unpin_policy=lru,unpin_interval=10",
+    "extent=page,unpin_policy=lru,unpin_interval=1",
     "extent=run,unpin_policy=lru,unpin_interval=1",
     "extent=aligned=2m,unpin_policy=lru,unpin_interval=1",
 ];
@@ -73,8 +73,8 @@ Policy keys (what is not named has its default):
   unpin_gen_threshold=ROUNDS     look less often where nothing changed so long   [10]
   quota=BYTES|none               the most memory pinned at once (k, m, g, t)     [none]
 
-Record a trace (as root, before the device's driver loads, or later with what it maps from then on):
-  cd /sys/kernel/tracing && echo 1 > events/dma/enable && cat trace_pipe | gzip > guest.trace.gz
+Record a trace (as root, best before the device's driver loads; Ctrl-C ends it):
+  cd /sys/kernel/tracing && echo 16384 > buffer_size_kb && echo 1 > events/dma/enable && cat trace_pipe > /tmp/guest.trace
 
 Exit codes: 0 done, 1 the trace cannot be played, 2 wrong arguments")]
 pub struct Args {

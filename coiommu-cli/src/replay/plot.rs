@@ -42,7 +42,7 @@ fn render(report: &Report, svg: &mut String) -> Result<(), Box<dyn std::error::E
     let most = report.policies.iter().map(|policy| policy.peak_pinned_pages * PAGE_SIZE).max().unwrap_or(0);
     let ram = report.guest_memory_bytes;
     // Full pinning dwarfs everything: a logarithmic scale shows both.
-    let scale = (PAGE_SIZE as f64..most.max(ram) as f64 * 2.0).log_scale();
+    let scale = (PAGE_SIZE as f64..most.max(ram) as f64 * 2.0).log_scale().base(4.0);
     let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)

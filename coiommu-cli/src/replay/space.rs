@@ -29,7 +29,7 @@ pub(super) const BATCH_PAGES: u64 = ((4 << 20) - 16) / 8;
 pub(super) struct Space {
     /// Hashed fast: the space for tables bounds how many a trace can make collide.
     blocks: FxHashMap<u64, Arc<GuestRegionMmap>>,
-    /// Blocks that were added by the last call of [`reach`](Self::reach).
+    /// Blocks that were added since [`announced`](Self::announced).
     added: Vec<u64>,
     tables: TableCount,
     most_tables: u64,
@@ -75,7 +75,6 @@ impl Space {
     ///
     /// The system reserves no more memory.
     pub(super) fn reach(&mut self, runs: &[Range<u64>]) -> anyhow::Result<bool> {
-        self.added.clear();
         for run in runs {
             for block in run.start / BLOCK_PAGES..run.end.div_ceil(BLOCK_PAGES) {
                 if self.blocks.contains_key(&block) {
@@ -95,7 +94,12 @@ impl Space {
         Ok(true)
     }
 
-    /// The RAM that the last [`reach`](Self::reach) added.
+    /// All stacks know the RAM that was [`added`](Self::added). RAM of a call that is not played waits for the next.
+    pub(super) fn announced(&mut self) {
+        self.added.clear();
+    }
+
+    /// The RAM that is new.
     pub(super) fn added(&self) -> impl Iterator<Item = anyhow::Result<RamRegion>> {
         self.added
             .iter()
@@ -142,6 +146,7 @@ mod tests {
         assert!(space.reach(&[511..513, 0..1]).unwrap());
         assert_eq!(space.added, [0, 1]);
         assert_eq!(space.added().count(), 2);
+        space.announced();
         assert!(space.reach(&[0..1024]).unwrap());
         assert_eq!(space.added, [0_u64; 0]);
         assert_eq!(space.tables.pages(), 4, "root, two directories, one leaf table");

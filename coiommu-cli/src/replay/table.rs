@@ -49,13 +49,11 @@ fn figures(report: &Report) -> Table {
         "of\nRAM",
         "pin\nrequests",
         "of map\ncalls",
-        "IOMMU\nmaps",
-        "IOMMU\nunmaps",
+        "IOMMU\ncalls",
         "mappings\nat peak",
         "of\n65,535",
     ]);
-    let all = bytes(report.guest_memory_bytes);
-    let whole = share(1.0);
+    let (all, whole) = (bytes(report.guest_memory_bytes), share(1.0));
     let none = || "-".to_owned();
     let mut rows = vec![vec![
         "full pinning".to_owned(),
@@ -65,7 +63,6 @@ fn figures(report: &Report) -> Table {
         whole,
         "0".to_owned(),
         share(0.0),
-        none(),
         none(),
         none(),
         none(),
@@ -85,15 +82,15 @@ fn row(report: &Report, policy: &PolicyFigures) -> Vec<String> {
     let mean = policy.mean_pinned_pages;
     let page = PAGE_SIZE as f64;
     vec![
-        policy.label(),
+        // The extent on a line, the rest on the next: the table fits more screens.
+        policy.label().replacen(',', ",\n  ", 1),
         size(peak * page),
         share(report.share_of_ram(peak)),
         size(mean * page),
         share(report.share_of_ram(mean)),
         grouped(policy.pin_requests),
         share(policy.pin_requests as f64 / report.trace.map_calls.max(1) as f64),
-        grouped(policy.iommu_map_calls),
-        grouped(policy.iommu_unmap_calls),
+        grouped(policy.iommu_map_calls + policy.iommu_unmap_calls),
         grouped(policy.peak_mappings),
         share(policy.peak_mappings as f64 / VFIO_MAPPINGS as f64),
     ]
@@ -108,7 +105,7 @@ fn notes(report: &Report) -> Vec<String> {
         notes.push(format!("RAM of {ram} is a guess, the highest address seen: say --memory SIZE if you know better."));
     }
     notes.push(
-        "Full pinning maps all RAM in a few calls at start; a map call without a pin request costs no exit.".to_owned(),
+        "A map call without a pin request costs the guest no exit. Full pinning maps all RAM at start.".to_owned(),
     );
     for policy in &report.policies {
         if policy.failed_pins > 0 {
