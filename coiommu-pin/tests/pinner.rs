@@ -374,6 +374,28 @@ fn a_forced_unpin_sees_what_returns_behind_it() {
 }
 
 #[test]
+fn a_forced_unpin_counts_each_page_once_when_ram_goes_meanwhile() {
+    let mut rig = Rig::new("extent=page");
+    assert!(rig.map(&[320, 321, 1600]));
+    assert_eq!(rig.request(&[1601]), PinResult::Pinned);
+    let unpin = rig.pinner.begin_unpin(Gpa::new(310 * PAGE), 1400 * PAGE, &rig.clock);
+    // Its first look is over when the RAM goes.
+    rig.pinner.park();
+    let UnpinStep::Wait(unpin) = rig.pinner.step_unpin(unpin, &rig.clock) else { panic!("it does not wait") };
+    rig.pinner.unpark();
+    rig.remove(1).unwrap();
+    let mut step = UnpinStep::More(unpin);
+    let (report, hold) = loop {
+        step = match step {
+            UnpinStep::More(unpin) | UnpinStep::Wait(unpin) => rig.pinner.step_unpin(unpin, &rig.clock),
+            UnpinStep::Done(report, hold) => break (report, hold),
+        };
+    };
+    assert_eq!((report.released, report.busy, report.parked, report.not_pinned), (1, 3, 0, 1396));
+    assert!(hold.is_none());
+}
+
+#[test]
 fn a_request_for_ram_that_went_waits_a_second() {
     let mut rig = Rig::new("extent=run");
     rig.remove(1).unwrap();

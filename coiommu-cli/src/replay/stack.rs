@@ -13,9 +13,10 @@ use anyhow::Context;
 use coiommu_dtt::guest::{GuestDtt, TablePages, write_batch};
 use coiommu_dtt::leaf::Mapped;
 use coiommu_dtt::{Bdf, Gfn, Gpa, LeafTable, Levels, PAGE_SIZE, RequestWord};
+use coiommu_pin::pinner::TickReport;
 use coiommu_pin::request::Scratch;
 use coiommu_pin::stats::Counters;
-use coiommu_pin::{DmaMapper, Pinner, PinnerConfig, Policy};
+use coiommu_pin::{DmaMapper, Pinner, PinnerConfig, Policy, TableSpace};
 use coiommu_vfio::{Access, SoftIommu};
 use vm_memory::GuestMemoryMmap;
 
@@ -52,10 +53,10 @@ pub(super) struct Stack {
 struct Ticks {
     interval: Duration,
     next: Option<Duration>,
-    /// Rounds in a row that found nothing to do.
+    /// Rounds in a row, since the guest last did something, that found nothing to do.
     fruitless: u32,
-    /// After so many of them the next would find nothing either, until the guest does something.
-    enough: u32,
+    /// After how many of them every block was looked at, those that rest too.
+    all_looked_at: u32,
 }
 
 /// Pages for tables, one after the other.
@@ -91,7 +92,7 @@ impl Stack {
             interval,
             next: None,
             fruitless: 0,
-            enough: policy.unpin_gen_threshold.saturating_mul(2).saturating_add(2),
+            all_looked_at: policy.unpin_gen_threshold.saturating_add(1),
         });
         let config = PinnerConfig::new(policy, endpoints().collect());
         let pinner = Pinner::new(Arc::clone(&memory), Arc::clone(&iommu) as Arc<dyn DmaMapper>, config)?;
@@ -119,19 +120,29 @@ impl Stack {
     pub(super) fn advance(&mut self, now: Duration) {
         if let Some(ticks) = &mut self.ticks {
             let mut next = *ticks.next.get_or_insert(now.saturating_add(ticks.interval));
-            while next <= now && ticks.fruitless < ticks.enough {
+            while next <= now {
+                if ticks.fruitless >= ticks.all_looked_at {
+                    // Until the guest does something, no tick finds anything: they only count.
+                    next = ticks.skip(next, now, &self.pinner);
+                    break;
+                }
                 self.pinned.advance(next);
                 let report = self.pinner.tick(self.pinner.policy().unpin_limit.map(NonZeroU64::get));
                 self.pinned.set(self.pinner.pinned_pages());
-                let idle = report.full_round && report.unpinned_pages == 0 && report.aged_pages == 0;
-                ticks.fruitless = if idle { ticks.fruitless + 1 } else { 0 };
+                ticks.note(report);
                 next = next.saturating_add(ticks.interval);
             }
-            ticks.next = Some(ticks.after(next, now));
-            ticks.fruitless = 0;
+            ticks.next = Some(next);
         }
         self.now = now;
         self.pinned.advance(now);
+    }
+
+    /// The guest does something: ticks may find something again.
+    fn act(&mut self) {
+        if let Some(ticks) = &mut self.ticks {
+            ticks.fruitless = 0;
+        }
     }
 
     /// The guest maps some runs of gfns for a device; false if it could not, as a pin failed. The RAM that `space` added
@@ -144,6 +155,7 @@ impl Stack {
         for region in space.added() {
             self.pinner.add_region(region?)?;
         }
+        self.act();
         self.count(runs)?;
         let pinned = self.missing.is_empty() || self.request(bdf)?;
         if pinned {
@@ -163,6 +175,7 @@ impl Stack {
     ///
     /// The guest's table does not have it.
     pub(super) fn unmap(&mut self, runs: &[Range<u64>]) -> anyhow::Result<()> {
+        self.act();
         self.check(runs);
         self.uncount(runs)
     }
@@ -256,15 +269,26 @@ impl Stack {
 }
 
 impl Ticks {
-    /// The first tick after `now`, if the next one would be at `next` and none in between does anything.
-    fn after(&self, next: Duration, now: Duration) -> Duration {
-        let behind = now.saturating_sub(next).as_nanos();
-        if next > now {
-            return next;
-        }
-        let skipped = behind / self.interval.as_nanos() + 1;
-        let ahead = skipped.saturating_mul(self.interval.as_nanos());
-        next.saturating_add(Duration::from_nanos(u64::try_from(ahead).unwrap_or(u64::MAX)))
+    fn note(&mut self, report: TickReport) {
+        let found_nothing = report.full_round && report.unpinned_pages == 0 && report.aged_pages == 0;
+        self.fruitless = match found_nothing {
+            false => 0,
+            // Every block was looked at.
+            true if report.resting == 0 => self.all_looked_at,
+            true => self.fruitless.saturating_add(1),
+        };
+    }
+
+    /// Passes over the ticks from `next` to `now`; when the one after is due.
+    fn skip<S: TableSpace>(&self, next: Duration, now: Duration, pinner: &Pinner<S>) -> Duration {
+        let interval = self.interval.as_nanos();
+        let skipped = now.saturating_sub(next).as_nanos() / interval + 1;
+        // A pinner counts rounds in 32 bits, wrapping.
+        pinner.skip_rounds(u32::try_from(skipped & u128::from(u32::MAX)).unwrap_or(0));
+        let ahead = skipped.saturating_mul(interval);
+        let seconds = u64::try_from(ahead / 1_000_000_000).unwrap_or(u64::MAX);
+        let nanoseconds = u32::try_from(ahead % 1_000_000_000).unwrap_or(0);
+        next.saturating_add(Duration::new(seconds, nanoseconds))
     }
 }
 
@@ -326,6 +350,32 @@ mod tests {
             space.announced();
         }
         assert_eq!(stack.requests(), 3);
+    }
+
+    #[test]
+    fn looking_at_the_clock_more_often_changes_nothing() {
+        let (bdf, runs) = (Bdf::new(1).unwrap(), [Range { start: 7, end: 9 }]);
+        let mean = |step: u64, rounds: u32| {
+            let mut space = Space::new(1);
+            let policy = format!("unpin_policy=lru,unpin_interval=1,unpin_gen_threshold={rounds}");
+            let mut stack = stack(&policy, &space);
+            space.reach(&runs).unwrap();
+            stack.advance(Duration::from_secs(1));
+            assert!(stack.map(bdf, &runs, &space).unwrap());
+            for now in (2..37).step_by(usize::try_from(step).unwrap()) {
+                stack.advance(Duration::from_secs(now));
+            }
+            stack.advance(Duration::from_millis(36_500));
+            stack.unmap(&runs).unwrap();
+            for now in (37..=80).step_by(usize::try_from(step).unwrap()) {
+                stack.advance(Duration::from_secs(now));
+            }
+            stack.advance(Duration::from_secs(80));
+            stack.pinned().mean()
+        };
+        for rounds in [0, 1, 3, 10, 1000] {
+            assert_eq!(mean(1, rounds), mean(1000, rounds), "{rounds} rounds");
+        }
     }
 
     #[test]

@@ -26,8 +26,8 @@ pub struct ForcedUnpin {
     hold: Hold,
     next: BlockNo,
     started: Duration,
-    /// How many regions had come when it began.
-    regions_added: u64,
+    /// How many regions had come and gone when it began.
+    region_changes: u64,
     report: UnpinReport,
 }
 
@@ -40,7 +40,7 @@ pub struct UnpinReport {
     /// Pages that were not pinned.
     pub not_pinned: u64,
     /// Pages that stay pinned: in use, in an extent with one in use, or the IOMMU refused. Also pages that were pinned when
-    /// their RAM went, and will be again when it returns.
+    /// their RAM went, and will be again when it returns, and pages of which it cannot be told in time.
     pub busy: u64,
     /// Pages that stay pinned because the guest has parked unpinning.
     pub parked: u64,
@@ -130,9 +130,9 @@ impl<S: TableSpace> Pinner<S> {
         let last = Gfn::containing(Gpa::new(gpa.raw().saturating_add(bytes.saturating_sub(1))));
         let end = if bytes == 0 { first.raw() } else { last.raw() + 1 };
         let hold = self.holds.add(first.raw()..end);
-        let regions_added = self.regions_added.load(Relaxed);
+        let region_changes = self.region_changes.load(Relaxed);
         let report = UnpinReport::default();
-        ForcedUnpin { hold, next: BlockNo::of(first), started: clock.now(), regions_added, report }
+        ForcedUnpin { hold, next: BlockNo::of(first), started: clock.now(), region_changes, report }
     }
 
     /// Unpins the next blocks of a range.
@@ -169,15 +169,17 @@ impl<S: TableSpace> Pinner<S> {
         // RAM that is just going is not remembered yet.
         let Some(_no_region_changes) = self.changing_regions.try_lock() else { return UnpinStep::More(unpin) };
         let all = unpin.hold.gfns.end - unpin.hold.gfns.start;
-        let regions_added = self.regions_added.load(Relaxed);
-        if unpin.regions_added != regions_added {
-            // RAM came, and with it maybe, behind us, what was pinned when it went.
+        let region_changes = self.region_changes.load(Relaxed);
+        if unpin.region_changes != region_changes {
+            // RAM came or went, and with it maybe, behind us, what was pinned. What was released is held, and stays so.
+            let released = unpin.report.released;
             if !in_time {
-                return UnpinStep::Done(UnpinReport { busy: all, ..UnpinReport::default() }, None);
+                let busy = all.saturating_sub(released);
+                return UnpinStep::Done(UnpinReport { released, busy, ..UnpinReport::default() }, None);
             }
-            unpin.regions_added = regions_added;
+            unpin.region_changes = region_changes;
             unpin.next = BlockNo::of(Gfn::new(unpin.hold.gfns.start).unwrap_or(Gfn::MAX));
-            unpin.report = UnpinReport::default();
+            unpin.report = UnpinReport { released, ..UnpinReport::default() };
             return UnpinStep::More(unpin);
         }
         let ForcedUnpin { hold, mut report, .. } = unpin;

@@ -145,8 +145,8 @@ pub struct Pinner<S: TableSpace> {
     regions: RwLock<Regions>,
     /// Held while regions come and go, one at a time, and while draining; before all other locks.
     changing_regions: Mutex<()>,
-    /// How many regions ever came. Changed and decided upon with `changing_regions` held, hence relaxed.
-    regions_added: AtomicU64,
+    /// How many regions ever came and went. Changed and decided upon with `changing_regions` held, hence relaxed.
+    region_changes: AtomicU64,
     map: PinMap,
     activation: RwLock<Activation>,
     /// How many PARKs without their UNPARK.
@@ -183,7 +183,7 @@ impl<S: TableSpace> Pinner<S> {
             config,
             regions: RwLock::default(),
             changing_regions: Mutex::default(),
-            regions_added: AtomicU64::new(0),
+            region_changes: AtomicU64::new(0),
             map: PinMap::default(),
             activation: RwLock::default(),
             park: RwLock::default(),

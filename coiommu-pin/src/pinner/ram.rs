@@ -37,7 +37,7 @@ impl<S: TableSpace> Pinner<S> {
         if stuck > 0 {
             return Err(RegionError::Stuck { gpa, pages: stuck });
         }
-        self.regions_added.fetch_add(1, Relaxed);
+        self.region_changes.fetch_add(1, Relaxed);
         let region = Arc::new(region);
         let returning = self.regions.write().add(Arc::clone(&region));
         let lost: u64 = returning.iter().map(|absent| self.bring_back(absent, &region)).sum();
@@ -64,6 +64,7 @@ impl<S: TableSpace> Pinner<S> {
         // From here on nothing new is mapped; who is at it now holds a block's lock, which is waited for below.
         let removed = if exact { self.regions.write().remove(&gfns) } else { None };
         let forgotten = removed.ok_or(RegionError::Unknown { gpa, bytes })?;
+        self.region_changes.fetch_add(1, Relaxed);
         let stuck = self.unmap_absent(&gfns);
         self.clear_stale(forgotten);
         if stuck > 0 {
@@ -174,7 +175,8 @@ impl<S: TableSpace> Pinner<S> {
         let Some(no) = Gfn::new(range.start).map(BlockNo::of) else {
             return true;
         };
-        let chunk = self.map.chunk_or_new(no);
+        // Something was mapped there once, so there are books.
+        let Some(chunk) = self.map.chunk(no) else { return true };
         let block = chunk.lock(no);
         let pages = no.pages_in(range) - block.mapped();
         match dtt.leaf_table(mem, no.gfn(0)) {

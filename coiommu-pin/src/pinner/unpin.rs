@@ -44,6 +44,10 @@ pub(super) struct Unpinned {
     pub(super) aged: u64,
     /// An extent that could have gone stays, as the limit is reached.
     pub(super) limit_ended: bool,
+    /// The block was not looked at, as nothing changed there for long.
+    pub(super) resting: bool,
+    /// Some extent has no page that is counted.
+    pub(super) any_uncounted: bool,
 }
 
 /// Why a block was not looked at.
@@ -70,6 +74,8 @@ pub struct TickReport {
     pub unpinned_pages: u64,
     /// Pages that are not idle yet, but may be next time: their ACCESSED was cleared.
     pub aged_pages: u64,
+    /// Blocks that were not looked at because nothing changed there for long.
+    pub resting: u64,
     /// Blocks that somebody else worked on.
     pub passed_over: u64,
     /// Whether every block was looked at, but for those that rest; otherwise the next tick goes on where this one ended.
@@ -95,6 +101,12 @@ impl<S: TableSpace> Pinner<S> {
         report
     }
 
+    /// Lets rounds pass in which ticks would find nothing, as nobody has done anything since one that looked at every
+    /// block found nothing. For virtual time, where a gap may be longer than there is time to tick through.
+    pub fn skip_rounds(&self, rounds: u32) {
+        self.round.fetch_add(rounds, Relaxed);
+    }
+
     /// Ticks over the blocks of a range; where it stopped, if not at the end: the budget ended, or there is no unpinning
     /// now.
     fn sweep(
@@ -118,7 +130,7 @@ impl<S: TableSpace> Pinner<S> {
             };
             let work = |block: &mut Block| {
                 if is_resting(&self.config.policy, block.changed(), self.round()) {
-                    return Unpinned::default();
+                    return Unpinned { resting: !block.mapped().is_empty(), ..Unpinned::default() };
                 }
                 self.unpin_block(no, block, Ask::Idle, limit, dtt, &self.space.view())
             };
@@ -127,6 +139,7 @@ impl<S: TableSpace> Pinner<S> {
                     self.counts.pages_unpinned_idle.add(unpinned.pages);
                     report.unpinned_pages += unpinned.pages;
                     report.aged_pages += unpinned.aged;
+                    report.resting += u64::from(unpinned.resting);
                     if unpinned.limit_ended {
                         return Some(no);
                     }
@@ -145,6 +158,7 @@ impl<S: TableSpace> Pinner<S> {
         let mappings = need.mappings.max(self.map.mappings() / 64);
         let start = *self.room_hand.lock();
         let (mut freed_pages, mut freed_mappings) = (0, 0);
+        let mut any_uncounted = false;
         for ask in [Ask::IdleOnly, Ask::Uncounted] {
             let before = self.map.blocks(BlockNo::FIRST).take_while(|(no, _)| *no < start);
             for (no, chunk) in self.map.blocks(start).chain(before) {
@@ -159,10 +173,15 @@ impl<S: TableSpace> Pinner<S> {
                         self.counts.pages_unpinned_for_room.add(unpinned.pages);
                         freed_pages += unpinned.pages;
                         freed_mappings += unpinned.extents;
+                        any_uncounted |= unpinned.any_uncounted;
                     }
                     Err(NotNow::Busy) => {}
                     Err(NotNow::Parked) => return freed_pages > 0,
                 }
+            }
+            if !any_uncounted {
+                // Everything is in use: a second pass would find no more.
+                break;
             }
         }
         freed_pages > 0
@@ -207,6 +226,7 @@ impl<S: TableSpace> Pinner<S> {
         }
         let look = leaves.look(candidates);
         self.counts.leaves_looked_at.add(look.leaves);
+        unpinned.any_uncounted = !(candidates & look.uncounted).is_empty();
         let free = match ask {
             Ask::Idle | Ask::IdleOnly => look.uncounted - look.accessed,
             Ask::Uncounted | Ask::Forced(_) => look.uncounted,
