@@ -10,7 +10,7 @@ use crate::replay;
 
 /// Pass devices through to VMs without pinning all of their memory.
 #[derive(Debug, Parser)]
-#[command(name = "coiommu", version, arg_required_else_help = true)]
+#[command(name = "coiommu", version, propagate_version = true, arg_required_else_help = true)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -58,7 +58,8 @@ pub fn main() -> ExitCode {
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
+    causes.any(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 fn man(subcommand: Option<&str>) -> anyhow::Result<()> {

@@ -236,7 +236,7 @@ impl SoftIommu {
 }
 
 impl DmaMapper for SoftIommu {
-    #[allow(unsafe_code)] // The trait's contract with the caller is what a `Host` stands for.
+    #[allow(unsafe_code, reason = "the trait's contract with the caller is what a `Host` stands for")]
     unsafe fn map(&self, iova: u64, backing: Backing<'_>, len: u64) -> Result<(), MapError> {
         self.map_calls.fetch_add(1, Ordering::Relaxed);
         self.injector.ask(&Call::Map { iova, len })?;

@@ -164,7 +164,7 @@ impl Drivers {
         self.open_runs += self.runs.len();
         let mapping = Closed { runs: self.runs.as_slice().into(), failed };
         self.open.entry((bdf, family, key)).or_default().push(mapping);
-        self.space.announced();
+        self.space.announced(&self.runs);
     }
 
     /// The mapping that an unmap call gives back, the newest of its address; `None` if there is none.

@@ -14,7 +14,7 @@
 //! | `report.rs` | the figures, and their JSON |
 //! | `table.rs`, `plot.rs`, `progress.rs` | for people |
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -86,7 +86,7 @@ pub struct Args {
     policy: Vec<Policy>,
 
     /// Only what this device maps, named as in the trace (0000:03:00.0, or 03:00.0); may be given many times
-    #[arg(long, value_name = "BDF")]
+    #[arg(long, value_name = "BDF", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     device: Vec<String>,
 
     /// The guest's RAM, that shares are computed of, as in 4g [default: the highest address, rounded up to 1 GiB]
@@ -115,14 +115,15 @@ fn parse_memory(text: &str) -> Result<u64, String> {
 /// The trace cannot be read or has nothing to play, or the output cannot be written.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let started = Instant::now();
+    // A place that cannot be written to is found out now, not after a long replay.
+    let drawing = args.plot.as_deref().map(plot::Drawing::create).transpose()?;
     let mut report = replay(args)?;
     report.set_elapsed(started.elapsed());
-    let text = if args.json { report.json()? } else { table::render(&report) };
-    io::stdout().lock().write_all(text.as_bytes())?;
-    if let Some(file) = &args.plot {
-        plot::draw(&report, file).with_context(|| format!("cannot draw {}", file.display()))?;
+    if let Some(drawing) = drawing {
+        drawing.draw(&report)?;
     }
-    Ok(())
+    let text = if args.json { report.json()? } else { table::render(&report) };
+    io::stdout().lock().write_all(text.as_bytes()).context("cannot write the output")
 }
 
 fn policies(args: &Args) -> anyhow::Result<Vec<Policy>> {
@@ -145,7 +146,7 @@ fn replay(args: &Args) -> anyhow::Result<Report> {
         .into_iter()
         .map(|policy| Stack::new(policy, drivers.space(), curves))
         .collect::<Result<Vec<_>, _>>()?;
-    let mut other_devices = HashSet::new();
+    let mut other_devices = BTreeSet::new();
     while let Some(record) = reader.next()? {
         if !is_wanted(&args.device, record.device) {
             note_device(&mut other_devices, record.device);
@@ -210,20 +211,26 @@ fn is_wanted(devices: &[String], device: &str) -> bool {
 /// How many other devices are named when the one asked for is not in the trace.
 const NAMED_DEVICES: usize = 8;
 
-fn note_device(devices: &mut HashSet<String>, device: &str) {
-    if devices.len() <= NAMED_DEVICES && !devices.contains(device) {
+fn note_device(devices: &mut BTreeSet<String>, device: &str) {
+    if !devices.contains(device) {
         devices.insert(device.to_owned());
+        // The first in order are kept, and one more to tell that there are more.
+        if devices.len() > NAMED_DEVICES + 1 {
+            devices.pop_last();
+        }
     }
 }
 
-fn name_devices(devices: HashSet<String>) -> String {
+fn name_devices(devices: BTreeSet<String>) -> String {
     let more = devices.len() > NAMED_DEVICES;
-    let mut names: Vec<_> = devices.into_iter().take(NAMED_DEVICES).collect();
-    names.sort_unstable();
+    let names: Vec<_> = devices.into_iter().take(NAMED_DEVICES).collect();
     names.join(", ") + if more { " and more" } else { "" }
 }
 
 /// Says what is wrong with the arguments, as clap does.
 fn usage_error(message: &str) -> ! {
-    Cli::command().error(clap::error::ErrorKind::TooManyValues, message).exit()
+    let mut program = Cli::command();
+    program.build();
+    let replay = program.find_subcommand_mut("replay").expect("it is this one");
+    replay.error(clap::error::ErrorKind::TooManyValues, message).exit()
 }

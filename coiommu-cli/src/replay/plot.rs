@@ -1,11 +1,15 @@
 //! Pinned memory over time, as a drawing.
 
+use std::fs::Permissions;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use coiommu_dtt::PAGE_SIZE;
 use plotters::prelude::*;
+use tempfile::NamedTempFile;
 
 use super::report::Report;
 use super::table::size;
@@ -23,17 +27,43 @@ const COLOURS: [RGBColor; 8] = [
     RGBColor(140, 86, 75),
 ];
 
-/// Draws one line a policy, and full pinning.
-///
-/// # Errors
-///
-/// The file cannot be written.
-pub(super) fn draw(report: &Report, file: &Path) -> anyhow::Result<()> {
-    let mut svg = String::new();
-    // The library's errors borrow from the drawing.
-    render(report, &mut svg).map_err(|error| anyhow!("{error}"))?;
-    std::fs::write(file, svg)?;
-    Ok(())
+/// A drawing that is to be: a file beside the one it will replace.
+#[derive(Debug)]
+pub(super) struct Drawing<'a> {
+    file: &'a Path,
+    draft: NamedTempFile,
+}
+
+impl<'a> Drawing<'a> {
+    /// Makes sure that there will be a place for it.
+    ///
+    /// # Errors
+    ///
+    /// No file can be made there.
+    pub(super) fn create(file: &'a Path) -> anyhow::Result<Self> {
+        let folder = file.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
+        let draft = tempfile::Builder::new()
+            .permissions(Permissions::from_mode(0o666))
+            .tempfile_in(folder)
+            .with_context(|| format!("cannot draw {}", file.display()))?;
+        Ok(Self { file, draft })
+    }
+
+    /// Draws one line a policy, and full pinning.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub(super) fn draw(mut self, report: &Report) -> anyhow::Result<()> {
+        let mut svg = String::new();
+        // The library's errors borrow from the drawing.
+        render(report, &mut svg).map_err(|error| anyhow!("cannot draw {}: {error}", self.file.display()))?;
+        let written = self.draft.write_all(svg.as_bytes());
+        written
+            .and_then(|()| Ok(self.draft.persist(self.file)?))
+            .with_context(|| format!("cannot draw {}", self.file.display()))?;
+        Ok(())
+    }
 }
 
 #[allow(clippy::cast_precision_loss, reason = "a drawing")]
@@ -42,7 +72,7 @@ fn render(report: &Report, svg: &mut String) -> Result<(), Box<dyn std::error::E
     let most = report.policies.iter().map(|policy| policy.peak_pinned_pages * PAGE_SIZE).max().unwrap_or(0);
     let ram = report.guest_memory_bytes;
     // Full pinning dwarfs everything: a logarithmic scale shows both.
-    let scale = (PAGE_SIZE as f64..most.max(ram) as f64 * 2.0).log_scale().base(4.0);
+    let scale = (PAGE_SIZE as f64..most.max(ram).max(PAGE_SIZE) as f64 * 2.0).log_scale().base(4.0);
     let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)

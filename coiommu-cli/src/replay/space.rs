@@ -89,14 +89,16 @@ impl Space {
                 self.blocks.insert(block, Arc::new(ram));
                 self.added.push(block);
             }
-            self.highest = self.highest.max(run.end * PAGE_SIZE);
         }
         Ok(true)
     }
 
-    /// All stacks know the RAM that was [`added`](Self::added). RAM of a call that is not played waits for the next.
-    pub(super) fn announced(&mut self) {
+    /// Runs that were reached are in use: all stacks know the RAM that was [`added`](Self::added). RAM of a call that is
+    /// not played waits for the next.
+    pub(super) fn announced(&mut self, runs: &[Range<u64>]) {
         self.added.clear();
+        let end = runs.iter().map(|run| run.end * PAGE_SIZE).max().unwrap_or(0);
+        self.highest = self.highest.max(end);
     }
 
     /// The RAM that is new.
@@ -120,7 +122,7 @@ impl Space {
         Ok(TableArea { memory, batch, tables: first..first + self.most_tables * PAGE_SIZE })
     }
 
-    /// The end of the highest page that was reached, in bytes.
+    /// The end of the highest page that was in use, in bytes.
     pub(super) const fn highest(&self) -> u64 {
         self.highest
     }
@@ -146,11 +148,11 @@ mod tests {
         assert!(space.reach(&[511..513, 0..1]).unwrap());
         assert_eq!(space.added, [0, 1]);
         assert_eq!(space.added().count(), 2);
-        space.announced();
+        space.announced(&[0..1, 511..513]);
+        assert_eq!(space.highest(), 513 * PAGE_SIZE);
         assert!(space.reach(&[0..1024]).unwrap());
         assert_eq!(space.added, [0_u64; 0]);
         assert_eq!(space.tables.pages(), 4, "root, two directories, one leaf table");
-        assert_eq!(space.highest(), 4 << 20);
     }
 
     #[test]

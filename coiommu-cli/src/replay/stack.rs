@@ -347,7 +347,7 @@ mod tests {
             stack.advance(now + Duration::from_millis(1));
             stack.advance(now + Duration::from_millis(2));
             assert_eq!(stack.pinner.pinned_pages(), 0, "year {year}");
-            space.announced();
+            space.announced(&runs);
         }
         assert_eq!(stack.requests(), 3);
     }

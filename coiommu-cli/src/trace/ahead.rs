@@ -1,11 +1,12 @@
-//! Decoding ahead, in a thread of its own: it takes about as long as all that is done with the text.
+//! Decoding ahead, in a thread of its own, so that it costs no time of the one that uses the text.
 
-use std::io::{self, Cursor, ErrorKind, Read};
+use std::io::{self, Cursor, Read};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
 /// Bytes that are decoded at once.
 const BLOCK: usize = 128 << 10;
+const PANICKED: &str = "the decoder panicked, which is a bug of coiommu: please report it";
 /// Blocks that wait for the reader at most.
 const BLOCKS: usize = 4;
 
@@ -48,7 +49,7 @@ impl Read for Ahead {
                 return Ok(len);
             }
             // Without its end, the thread has panicked: that must not look like the end of the trace.
-            let block = self.blocks.recv().unwrap_or_else(|_| Err(ErrorKind::BrokenPipe.into()));
+            let block = self.blocks.recv().unwrap_or_else(|_| Err(io::Error::other(PANICKED)));
             let block = block.inspect_err(|_| self.ended = true)?;
             self.ended = block.is_empty();
             self.block = Cursor::new(block);
@@ -58,6 +59,8 @@ impl Read for Ahead {
 
 #[cfg(test)]
 mod tests {
+    use std::io::ErrorKind;
+
     use super::*;
 
     #[test]
@@ -88,6 +91,6 @@ mod tests {
             }
         }
         let mut ahead = Ahead::new(Panics).unwrap();
-        assert_eq!(ahead.read(&mut [0]).unwrap_err().kind(), ErrorKind::BrokenPipe);
+        assert_eq!(ahead.read(&mut [0]).unwrap_err().to_string(), PANICKED);
     }
 }

@@ -83,8 +83,7 @@ impl TraceReader {
     /// # Errors
     ///
     /// Reading failed, or the compressed stream is cut or corrupt; earlier events were true as far as they went.
-    // No `Iterator`: the record borrows from the reader.
-    #[expect(clippy::should_implement_trait)]
+    #[allow(clippy::should_implement_trait, reason = "the record borrows from the reader, so it cannot be an iterator")]
     pub fn next(&mut self) -> Result<Option<Record<'_>>, TraceError> {
         let (time, what) = loop {
             let step = match self.lines.next() {

@@ -293,7 +293,7 @@ mod tests {
         let mut table = Table::new(12, None, None);
         let span = |page: u64, pages: u64| Span::of_pages(page << 12, pages << 12, 0x1000).unwrap();
         for page in [0, 1, 5_000, 1_000_000, 1_000_001] {
-            #[allow(unsafe_code)]
+            #[allow(unsafe_code, reason = "a host address without memory, which is never used")]
             // SAFETY: the test touches no memory.
             table.insert(span(page, 1), unsafe { Host::new(NonNull::dangling(), 0x1000) });
         }

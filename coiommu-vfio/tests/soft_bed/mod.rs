@@ -33,7 +33,7 @@ impl SoftBed {
         }
     }
 
-    #[allow(dead_code)] // Not every test that has this room uses it.
+    #[allow(dead_code, reason = "not every test that has this room uses it")]
     pub(crate) fn with_page_sizes(self, page_sizes: NonZeroU64) -> Self {
         Self { page_sizes, ..self }
     }
