@@ -1,7 +1,7 @@
 //! `cargo xtask ci`: everything that must hold before a merge.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, bail, ensure};
@@ -178,12 +178,45 @@ fn package() -> anyhow::Result<()> {
     if names.is_empty() {
         bail!("no library to package");
     }
+    forget_packages(&names)?;
     // One call: a library that is not published yet is found only beside those that need it.
-    let mut line = format!("cargo package --locked -p {}", names.join(" -p "));
+    let mut line = format!("cargo package --locked --target-dir {PACKAGES} -p {}", names.join(" -p "));
     if std::env::var_os("CI").is_none_or(|ci| ci.is_empty()) {
         line += " --allow-dirty";
     }
     step::run(&line)
+}
+
+/// Where packages are made and built.
+const PACKAGES: &str = "target/packages";
+
+/// Removes what an earlier run unpacked and built of our libraries. Cargo keeps both by version, as if they had been
+/// published, and would build a library against the old sources of the one below it.
+fn forget_packages(names: &[&str]) -> anyhow::Result<()> {
+    if Path::new(PACKAGES).exists() {
+        fs::remove_dir_all(PACKAGES).with_context(|| format!("cannot remove {PACKAGES}"))?;
+    }
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(std::env::home_dir()?.join(".cargo"))).context("no home directory")?;
+    // Packages of no published registry are in folders without a host in their name.
+    for registry in folders(&home.join("registry/src")).filter(|folder| file_name(folder).starts_with('-')) {
+        for package in folders(&registry) {
+            let name = file_name(&package);
+            if names.iter().any(|library| name.strip_prefix(library).is_some_and(|rest| rest.starts_with('-'))) {
+                fs::remove_dir_all(&package).with_context(|| format!("cannot remove {}", package.display()))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The folders in a folder; none if it is not there.
+fn folders(folder: &Path) -> impl Iterator<Item = PathBuf> {
+    fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).filter(|path| path.is_dir())
+}
+
+fn file_name(path: &Path) -> &str {
+    path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
 }
 
 /// Has a library and may be published.
