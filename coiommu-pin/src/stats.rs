@@ -75,8 +75,9 @@ counters! {
 pub(crate) struct Count(AtomicU64);
 
 impl Count {
-    pub(crate) fn add(&self, n: u64) {
-        self.0.fetch_add(n, Relaxed);
+    /// Counts `n` more, and tells how many that makes.
+    pub(crate) fn add(&self, n: u64) -> u64 {
+        self.0.fetch_add(n, Relaxed).wrapping_add(n)
     }
 }
 

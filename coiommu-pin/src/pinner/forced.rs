@@ -195,8 +195,7 @@ impl<S: TableSpace> Pinner<S> {
             let mapped = block.mapped() & pages;
             match activation.dtt {
                 Some(dtt) => {
-                    let limit = Limit { pages: None, first_may_pass: true };
-                    self.unpin_block(no, block, Ask::Forced(pages), limit, dtt, &self.space.view());
+                    self.unpin_block(no, block, Ask::Forced(pages), Limit::NONE, dtt, &self.space.view());
                 }
                 // Nobody uses what a drain could not unmap, but it is still mapped: try again.
                 None => {

@@ -112,8 +112,7 @@ impl<S: TableSpace> Pinner<S> {
 
     /// Counts a disagreement, and tells of the 1st, 2nd, 4th, 8th …: a guest may be able to bring them about.
     fn note_anomaly(&self, what: impl FnOnce() -> String) {
-        self.counts.anomalies.add(1);
-        if self.counts.read().anomalies.is_power_of_two() {
+        if self.counts.anomalies.add(1).is_power_of_two() {
             log::warn!("{}", what());
         }
     }

@@ -325,8 +325,7 @@ impl<S: TableSpace> Pinner<S> {
         region: &RamRegion,
     ) -> Result<(), MapError> {
         match self.config.policy.extent {
-            ExtentPolicy::Page => self.map_extent(no, block, page..page + 1, region),
-            ExtentPolicy::Run => self.map_extent(no, block, run, region),
+            ExtentPolicy::Page | ExtentPolicy::Run => self.map_extent(no, block, run, region),
             ExtentPolicy::Aligned(size) => {
                 let pages = usize::try_from(size.bytes() / coiommu_dtt::PAGE_SIZE).unwrap_or(BLOCK_PAGES);
                 let start = page - page % pages;

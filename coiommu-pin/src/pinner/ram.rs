@@ -4,10 +4,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use coiommu_dtt::walk::WalkError;
 use coiommu_dtt::{Dtt, Gfn, Gpa, PAGE_SIZE};
 
 use super::Pinner;
+use super::unpin::Leaves;
 use crate::page_set::PageSet;
 use crate::pin_map::{Block, BlockNo};
 use crate::region::{AbsentRegion, RamRegion, RegionError};
@@ -40,11 +40,13 @@ impl<S: TableSpace> Pinner<S> {
         self.region_changes.fetch_add(1, Relaxed);
         let region = Arc::new(region);
         let returning = self.regions.write().add(Arc::clone(&region));
-        let lost: u64 = returning.iter().map(|absent| self.bring_back(absent, &region)).sum();
-        if lost > 0 {
-            log::warn!("{lost} pages were pinned when the RAM at {gpa} went, and are not any more");
+        let lost: Vec<_> = returning.iter().flat_map(|absent| self.bring_back(absent, &region)).collect();
+        let pages: u64 = lost.iter().map(|run| run.end - run.start).sum();
+        if pages > 0 {
+            self.counts.pages_lost.add(pages);
+            log::warn!("{pages} pages were pinned when the RAM at {gpa} went, and are not any more");
         }
-        self.clear_stale(Vec::new());
+        self.clear_stale(lost);
         Ok(())
     }
 
@@ -104,30 +106,23 @@ impl<S: TableSpace> Pinner<S> {
         stuck
     }
 
-    /// Maps again what was mapped in a region that went, if it is the same memory; clears its PINNED otherwise. How many
-    /// pages were lost.
-    fn bring_back(&self, absent: &AbsentRegion, region: &RamRegion) -> u64 {
+    /// Maps again what was mapped in a region that went, if it is the same memory. What is lost, as runs of gfns in one block
+    /// each: its PINNED is to be cleared.
+    fn bring_back(&self, absent: &AbsentRegion, region: &RamRegion) -> Vec<Range<u64>> {
         let same = absent.identity.is_some() && absent.identity == region.file_identity();
         let mut all_lost = Vec::new();
-        let mut pages = 0;
         for extent in &absent.extents {
-            let Some(no) = Gfn::new(extent.start).map(BlockNo::of) else {
-                continue;
-            };
+            let Some(no) = Gfn::new(extent.start).map(BlockNo::of) else { continue };
             let chunk = self.map.chunk_or_new(no);
             let mut block = chunk.lock(no);
             // A pin that came first has mapped what it needed. No hold has any of these pages: a forced unpin counts them
             // as busy, and begins again if they come back meanwhile.
             let missing = no.pages_in(extent) - block.mapped();
-            let back = if same { missing } else { PageSet::EMPTY };
-            let lost = (missing - back) | self.map_again(no, &mut block, back, region);
-            pages += lost.len();
+            let lost = if same { self.map_again(no, &mut block, missing, region) } else { missing };
             let start = no.gfns().start;
             all_lost.extend(lost.runs().map(|run| start + run.start as u64..start + run.end as u64));
         }
-        self.counts.pages_lost.add(pages);
-        self.clear_stale(all_lost);
-        pages
+        all_lost
     }
 
     /// Maps pages again; those that cannot be.
@@ -179,12 +174,8 @@ impl<S: TableSpace> Pinner<S> {
         let Some(chunk) = self.map.chunk(no) else { return true };
         let block = chunk.lock(no);
         let pages = no.pages_in(range) - block.mapped();
-        match dtt.leaf_table(mem, no.gfn(0)) {
-            Ok(table) => pages.pages().for_each(|page| table.leaf(no.gfn(page)).clear_pinned()),
-            Err(WalkError::Unreadable(_)) => return false,
-            // No table: nobody sees anything there.
-            Err(_) => {}
-        }
-        true
+        let leaves = Leaves::find(no, dtt, mem);
+        leaves.clear_pinned(pages);
+        !leaves.are_away()
     }
 }

@@ -8,7 +8,7 @@ use coiommu_dtt::walk::WalkError;
 use coiommu_dtt::{Dtt, Leaf, LeafEntry, LeafTable, TableMemory};
 
 use super::Pinner;
-use crate::page_set::{PageSet, WORD_PAGES};
+use crate::page_set::{BLOCK_PAGES, PageSet, WORD_PAGES};
 use crate::pin_map::{Block, BlockNo, Chunk};
 use crate::policy::Policy;
 use crate::space::{Memory, TableSpace};
@@ -33,6 +33,11 @@ pub(super) struct Limit {
     pub(super) pages: Option<u64>,
     /// But for the first extent, which may be larger.
     pub(super) first_may_pass: bool,
+}
+
+impl Limit {
+    /// All of it.
+    pub(super) const NONE: Self = Self { pages: None, first_may_pass: true };
 }
 
 /// What became of one block.
@@ -167,8 +172,7 @@ impl<S: TableSpace> Pinner<S> {
                     *self.room_hand.lock() = no;
                     return freed_pages > 0;
                 }
-                let limit = Limit { pages: None, first_may_pass: true };
-                match self.try_block(no, &chunk, |block| self.unpin_block(no, block, ask, limit, dtt, mem)) {
+                match self.try_block(no, &chunk, |block| self.unpin_block(no, block, ask, Limit::NONE, dtt, mem)) {
                     Ok(unpinned) => {
                         self.counts.pages_unpinned_for_room.add(unpinned.pages);
                         freed_pages += unpinned.pages;
@@ -221,7 +225,7 @@ impl<S: TableSpace> Pinner<S> {
             return unpinned;
         }
         let leaves = Leaves::find(no, dtt, mem);
-        if matches!(leaves.place, Place::Unreadable) {
+        if leaves.are_away() {
             return unpinned;
         }
         let look = leaves.look(candidates);
@@ -297,7 +301,7 @@ fn choose<W: Word32>(
 }
 
 /// The leaves of one block. Used under its lock.
-struct Leaves<'m, W> {
+pub(super) struct Leaves<'m, W> {
     no: BlockNo,
     place: Place<'m, W>,
 }
@@ -321,13 +325,18 @@ struct Look {
 }
 
 impl<'m, W: Word32> Leaves<'m, W> {
-    fn find<M: TableMemory<U32 = W> + ?Sized>(no: BlockNo, dtt: Dtt, mem: &'m M) -> Self {
+    pub(super) fn find<M: TableMemory<U32 = W> + ?Sized>(no: BlockNo, dtt: Dtt, mem: &'m M) -> Self {
         let place = match dtt.leaf_table(mem, no.gfn(0)) {
             Ok(table) => Place::Table(table),
             Err(WalkError::NotPresent { .. } | WalkError::Beyond { .. }) => Place::Freed,
             Err(WalkError::Unreadable(_)) => Place::Unreadable,
         };
         Self { no, place }
+    }
+
+    /// Whether their table cannot be read, as its RAM is away.
+    pub(super) const fn are_away(&self) -> bool {
+        matches!(self.place, Place::Unreadable)
     }
 
     /// The leaves of some pages, if there is a table.
@@ -345,7 +354,9 @@ impl<'m, W: Word32> Leaves<'m, W> {
         let mut look = Look { uncounted: PageSet::ALL, accessed: PageSet::EMPTY, leaves: 0 };
         let Place::Table(table) = &self.place else { return look };
         let first = self.no.gfn(0).leaf_index();
-        for (at, words) in table.words().get(first..).unwrap_or_default().chunks(WORD_PAGES).enumerate() {
+        for (at, words) in
+            table.words().get(first..first + BLOCK_PAGES).unwrap_or_default().chunks(WORD_PAGES).enumerate()
+        {
             if pages.word(at) == 0 {
                 continue;
             }
@@ -389,7 +400,7 @@ impl<'m, W: Word32> Leaves<'m, W> {
         self.of(pages).for_each(Leaf::set_pinned);
     }
 
-    fn clear_pinned(&self, pages: PageSet) {
+    pub(super) fn clear_pinned(&self, pages: PageSet) {
         self.of(pages).for_each(Leaf::clear_pinned);
     }
 
