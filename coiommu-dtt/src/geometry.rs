@@ -91,6 +91,16 @@ impl Gfn {
         low_bits(self.0, LEAF_BITS)
     }
 
+    /// The place of the frame's leaf table among all leaf tables.
+    pub(crate) const fn leaf_table(self) -> u64 {
+        self.0 >> LEAF_BITS
+    }
+
+    /// The place of the directory of the frame's leaf table among all such directories.
+    pub(crate) const fn leaf_directory(self) -> u64 {
+        self.0 >> (LEAF_BITS + DIRECTORY_BITS)
+    }
+
     /// The frame's entry in its directory at `level` (2 or more), below [`DIRECTORY_ENTRIES`].
     const fn directory_index(self, level: u32) -> usize {
         low_bits(self.0 >> (LEAF_BITS + DIRECTORY_BITS * (level - 2)), DIRECTORY_BITS)

@@ -17,7 +17,7 @@ use crate::geometry::{Gfn, Gpa, Levels};
 use crate::leaf::{CountLimit, Leaf, LeafEntry, Mapped, NotMapped};
 use crate::memory::{MemoryError, TableMemory, Word64};
 use crate::notify::{BatchHeader, RequestWord};
-use crate::walk::{DirectoryEntry, Dtt, DttError, LeafTable, WalkError, directory_word};
+use crate::walk::{Directory, DirectoryEntry, Dtt, DttError, LeafTable, WalkError};
 
 /// Where a guest gets pages for its tables.
 pub trait TablePages {
@@ -117,7 +117,7 @@ impl GuestDtt {
         }
         let mut table = self.dtt.root();
         for (_, index) in levels.path(gfn) {
-            let word = directory_word(mem, table, index)?;
+            let word = Directory::at(mem, table)?.word(index);
             table = match DirectoryEntry::read(word).table() {
                 Some(next) => next,
                 None => enter_table(word, pages)?,

@@ -12,7 +12,7 @@
 //! | [`geometry`] | pages, [`Gpa`], [`Gfn`], [`Levels`]: how a gfn finds its leaf |
 //! | [`leaf`] | [`LeafEntry`], the word, and [`Leaf`], the shared atomic with one method for each step of the protocol |
 //! | [`memory`] | [`TableMemory`]: what the tables lie in |
-//! | [`walk`] | [`Dtt`], a validated root, and [`LeafTable`], 1024 leaves looked up once |
+//! | [`walk`] | [`Dtt`], a validated root, [`LeafTable`], 1024 leaves looked up once, and [`Walker`], for many of them |
 //! | [`notify`] | [`NotifySlots`] and the request words |
 //! | [`guest`] | the guest's side: building a table, counting maps |
 //!
@@ -46,4 +46,4 @@ pub use memory::{MemoryError, TableMemory};
 pub use notify::{NotifySlots, Request, RequestWord};
 #[cfg(feature = "vm-memory")]
 pub use vm_memory;
-pub use walk::{Dtt, LeafTable};
+pub use walk::{Dtt, LeafTable, Walker};

@@ -125,26 +125,99 @@ impl Dtt {
         mem: &'m M,
         gfn: Gfn,
     ) -> Result<LeafTable<'m, M::U32>, WalkError> {
-        if !self.levels.cover(gfn) {
-            return Err(WalkError::Beyond { gfn, levels: self.levels });
-        }
-        let mut table = self.root;
-        for (level, index) in self.levels.path(gfn) {
-            let entry = DirectoryEntry::read(directory_word(mem, table, index)?);
-            table = entry.table().ok_or(WalkError::NotPresent { gfn, level })?;
-        }
-        LeafTable::at(mem, table)
+        Walker::new(*self, mem).leaf_table(gfn)
     }
 }
 
-/// The word of one entry of the directory at `table`.
-pub(crate) fn directory_word<M: TableMemory + ?Sized>(
-    mem: &M,
-    table: Gpa,
-    index: usize,
-) -> Result<&M::U64, MemoryError> {
-    let words = mem.words64(table, DIRECTORY_ENTRIES)?;
-    words.get(index).ok_or(MemoryError::Absent { at: table, bytes: size_of_val(words) })
+/// Walks to one leaf table after the other, and remembers what it last found on the way: a table that follows costs one
+/// directory entry, the same table nothing.
+///
+/// What it remembers grows old. So it is for as long as the guest frees no table, as it does not while a request of its own
+/// waits for an answer; who has no such promise walks anew each time, with [`Dtt::leaf_table`].
+#[derive(Debug)]
+pub struct Walker<'m, M: TableMemory + ?Sized> {
+    dtt: Dtt,
+    mem: &'m M,
+    /// The last directory of leaf tables, and its place among such directories.
+    directory: Option<(u64, Directory<'m, M::U64>)>,
+    /// The last leaf table, and its place among leaf tables.
+    leaves: Option<(u64, LeafTable<'m, M::U32>)>,
+}
+
+impl<'m, M: TableMemory + ?Sized> Walker<'m, M> {
+    /// Remembers nothing yet.
+    pub const fn new(dtt: Dtt, mem: &'m M) -> Self {
+        Self { dtt, mem, directory: None, leaves: None }
+    }
+
+    /// The leaf table that holds the entry of `gfn`.
+    ///
+    /// # Errors
+    ///
+    /// [`WalkError`] says where the way ended.
+    pub fn leaf_table(&mut self, gfn: Gfn) -> Result<LeafTable<'m, M::U32>, WalkError> {
+        let place = gfn.leaf_table();
+        if let Some((_, table)) = self.leaves.filter(|(last, _)| *last == place) {
+            return Ok(table);
+        }
+        let levels = self.dtt.levels;
+        if !levels.cover(gfn) {
+            return Err(WalkError::Beyond { gfn, levels });
+        }
+        let at = match levels.path(gfn).last() {
+            Some((level, index)) => self.directory(gfn)?.table(index).ok_or(WalkError::NotPresent { gfn, level })?,
+            None => self.dtt.root,
+        };
+        let table = LeafTable::at(self.mem, at)?;
+        self.leaves = Some((place, table));
+        Ok(table)
+    }
+
+    /// The directory of the leaf table of `gfn`, where there are directories.
+    fn directory(&mut self, gfn: Gfn) -> Result<Directory<'m, M::U64>, WalkError> {
+        let place = gfn.leaf_directory();
+        if let Some((_, directory)) = self.directory.filter(|(last, _)| *last == place) {
+            return Ok(directory);
+        }
+        let mut directory = Directory::at(self.mem, self.dtt.root)?;
+        for (level, index) in self.dtt.levels.path(gfn).filter(|(level, _)| *level > 2) {
+            let table = directory.table(index).ok_or(WalkError::NotPresent { gfn, level })?;
+            directory = Directory::at(self.mem, table)?;
+        }
+        self.directory = Some((place, directory));
+        Ok(directory)
+    }
+}
+
+/// A directory, looked up once.
+#[derive(Debug)]
+pub(crate) struct Directory<'m, W>(&'m [W; DIRECTORY_ENTRIES]);
+
+impl<W> Clone for Directory<'_, W> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<W> Copy for Directory<'_, W> {}
+
+impl<'m, W: Word64> Directory<'m, W> {
+    /// The directory in this page.
+    pub(crate) fn at<M: TableMemory<U64 = W> + ?Sized>(mem: &'m M, table: Gpa) -> Result<Self, MemoryError> {
+        let words = mem.words64(table, DIRECTORY_ENTRIES)?;
+        let absent = MemoryError::Absent { at: table, bytes: size_of_val(words) };
+        Ok(Self(words.try_into().map_err(|_| absent)?))
+    }
+
+    /// The word of an entry.
+    pub(crate) fn word(self, index: usize) -> &'m W {
+        &self.0[index % DIRECTORY_ENTRIES]
+    }
+
+    /// The table that an entry leads to, if it does.
+    fn table(self, index: usize) -> Option<Gpa> {
+        DirectoryEntry::read(self.word(index)).table()
+    }
 }
 
 /// A leaf table, looked up once: the entries of 1024 pages in a row.

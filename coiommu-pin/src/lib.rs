@@ -31,6 +31,7 @@ mod pin_map;
 pub mod pinner;
 pub mod policy;
 pub mod region;
+mod region_table;
 pub mod request;
 pub mod space;
 pub mod stats;

@@ -22,8 +22,11 @@ impl PageSet {
     }
 
     pub(crate) fn insert(&mut self, pages: Range<usize>) {
-        for (word, bits) in self.0.iter_mut().zip(masks(pages)) {
-            *word |= bits;
+        let mut at = pages.start;
+        while at < pages.end.min(BLOCK_PAGES) {
+            let end = pages.end.min(at - at % WORD_PAGES + WORD_PAGES);
+            self.0[at / WORD_PAGES] |= (!0 >> (WORD_PAGES - (end - at))) << (at % WORD_PAGES);
+            at = end;
         }
     }
 
@@ -80,6 +83,28 @@ impl PageSet {
         None
     }
 
+    /// The first page that is not in the set and not below `from`; 512 if there is none.
+    pub(crate) fn first_outside(&self, from: usize) -> usize {
+        let mut clear = !0 << (from % WORD_PAGES);
+        for (at, word) in self.0.iter().enumerate().skip(from / WORD_PAGES) {
+            clear &= !word;
+            if clear != 0 {
+                return at * WORD_PAGES + clear.trailing_zeros() as usize;
+            }
+            clear = !0;
+        }
+        BLOCK_PAGES
+    }
+
+    /// The first run of pages of a range that are not in the set.
+    pub(crate) fn gap_in(&self, pages: Range<usize>) -> Option<Range<usize>> {
+        let start = self.first_outside(pages.start);
+        if start >= pages.end {
+            return None;
+        }
+        Some(start..self.first_from(start).map_or(pages.end, |next| next.min(pages.end)))
+    }
+
     /// The last page of the set.
     pub(crate) fn last(&self) -> Option<usize> {
         let (at, word) = self.0.iter().enumerate().rfind(|(_, word)| **word != 0)?;
@@ -91,18 +116,15 @@ impl PageSet {
         let mut from = 0;
         std::iter::from_fn(move || {
             let start = self.first_from(from)?;
-            let end = (!self).first_from(start).unwrap_or(BLOCK_PAGES);
-            from = end;
-            Some(start..end)
+            from = self.first_outside(start);
+            Some(start..from)
         })
     }
 
     /// The run of adjacent pages that `page`, a member, is in.
     pub(crate) fn run_around(self, page: usize) -> Range<usize> {
-        let outside = !self;
-        let start = (outside & Self::range(0..page)).last().map_or(0, |last| last + 1);
-        let end = outside.first_from(page).unwrap_or(BLOCK_PAGES);
-        start..end
+        let start = (!self & Self::range(0..page)).last().map_or(0, |last| last + 1);
+        start..self.first_outside(page)
     }
 
     /// The 64 pages from `64 * word` on, as bits.

@@ -1,23 +1,22 @@
 //! The pin map: which pages are mapped for the devices, and in which extents. Host memory only; nothing a guest writes
 //! gets in here.
 //!
-//! Guest memory is cut into blocks of 512 pages, eight blocks to a chunk. A chunk is made when a page of RAM in it is
-//! first asked for, and stays. A block's lock protects its [`Block`], and with it every change of the mappings of its
-//! pages and every PINNED bit the host sets or clears there. With it may be taken: the table of regions (to read), the
-//! list of holds, whatever the mapper locks. Nobody waits for the guest, for a park to end or for another block while
-//! holding one.
+//! Guest memory is cut into blocks of 512 pages. Each region of RAM has [`Books`] of its blocks, made eight at a time when
+//! a page in them is first asked for, and gone with the region; a block that two regions share has a part in the books of
+//! each. A block's lock protects its [`Block`], and with it every change of the mappings of its pages and every PINNED
+//! bit the host sets or clears there. With it may be taken: the list of holds, whatever the mapper locks. Nobody waits for
+//! the guest, for a park to end or for another block while holding one.
 
-use std::collections::BTreeMap;
-use std::ops::Range;
-use std::sync::Arc;
+use std::ops::{ControlFlow, Range};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 
 use coiommu_dtt::Gfn;
 
 use crate::page_set::{BLOCK_PAGES, PageSet};
-use crate::sync::{Mutex, MutexGuard, RwLock};
+use crate::sync::Mutex;
 
-/// Blocks of a chunk.
+/// Blocks that are made at once.
 const CHUNK_BLOCKS: usize = 8;
 
 /// A block of guest memory, by the gfn it begins at: a multiple of 512.
@@ -25,8 +24,6 @@ const CHUNK_BLOCKS: usize = 8;
 pub(crate) struct BlockNo(u64);
 
 impl BlockNo {
-    pub(crate) const FIRST: Self = Self(0);
-
     pub(crate) const fn of(gfn: Gfn) -> Self {
         Self(gfn.raw() / BLOCK_PAGES as u64)
     }
@@ -35,11 +32,6 @@ impl BlockNo {
     pub(crate) fn gfn(self, page: usize) -> Gfn {
         // A block number is that of a gfn, so all its pages are gfns.
         Gfn::new(self.start() + page as u64).unwrap_or(Gfn::MAX)
-    }
-
-    /// The block that follows; `None` after the last.
-    pub(crate) fn next(self) -> Option<Self> {
-        Gfn::new(self.gfns().end).map(Self::of)
     }
 
     /// The gfns of the block.
@@ -55,16 +47,12 @@ impl BlockNo {
     }
 
     /// The index of a gfn in its block.
-    pub(crate) fn index(gfn: Gfn) -> usize {
-        usize::try_from(gfn.raw() % BLOCK_PAGES as u64).unwrap_or(0)
+    pub(crate) fn index(gfn: u64) -> usize {
+        usize::try_from(gfn % BLOCK_PAGES as u64).unwrap_or(0)
     }
 
     const fn start(self) -> u64 {
         self.0 * BLOCK_PAGES as u64
-    }
-
-    const fn chunk(self) -> u64 {
-        self.0 / CHUNK_BLOCKS as u64
     }
 }
 
@@ -88,8 +76,8 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    pub(crate) const fn mapped(&self) -> PageSet {
-        self.mapped
+    pub(crate) const fn mapped(&self) -> &PageSet {
+        &self.mapped
     }
 
     pub(crate) const fn changed(&self) -> u32 {
@@ -100,6 +88,22 @@ impl Block {
     pub(crate) fn extents(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let (mapped, heads) = (self.mapped, self.heads);
         heads.pages().map(move |head| extent_at(mapped, heads, head))
+    }
+
+    /// Enters an extent that was mapped.
+    pub(crate) fn enter(&mut self, extent: Range<usize>, round: u32) {
+        self.heads.insert_page(extent.start);
+        self.mapped.insert(extent);
+        self.changed = round;
+    }
+
+    /// Takes out whole extents that were unmapped; how many they were.
+    pub(crate) fn remove(&mut self, pages: PageSet, round: u32) -> u64 {
+        let extents = (self.heads & pages).len();
+        self.heads -= pages;
+        self.mapped -= pages;
+        self.changed = round;
+        extents
     }
 
     /// All pages of the extents that have a page in the set.
@@ -120,122 +124,151 @@ fn extent_at(mapped: PageSet, heads: PageSet, head: usize) -> Range<usize> {
     head..next.min(gap)
 }
 
-/// Eight blocks, made together.
-#[derive(Debug, Default)]
-pub(crate) struct Chunk {
-    blocks: [Mutex<Block>; CHUNK_BLOCKS],
+/// The books of one region: its blocks, each under its lock.
+#[derive(Debug)]
+pub(crate) struct Books {
+    gfns: Range<u64>,
+    /// From the region's first block on.
+    chunks: Box<[OnceLock<Chunk>]>,
 }
 
-impl Chunk {
-    pub(crate) fn lock(&self, block: BlockNo) -> MutexGuard<'_, Block> {
-        self.block(block).lock()
+/// Eight blocks, or as many as are left, made at once.
+type Chunk = Box<[Mutex<Block>]>;
+
+/// One block of a region, on a visit.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Spot<'a> {
+    pub(crate) no: BlockNo,
+    /// The first page that the region has of it.
+    pub(crate) first: u64,
+    pub(crate) block: &'a Mutex<Block>,
+}
+
+impl Books {
+    /// For a region of these pages; no block is made yet.
+    pub(crate) fn new(gfns: Range<u64>) -> Self {
+        let blocks = gfns.end.div_ceil(BLOCK_PAGES as u64) - gfns.start / BLOCK_PAGES as u64;
+        let chunks = (0..blocks.div_ceil(CHUNK_BLOCKS as u64)).map(|_| OnceLock::new()).collect();
+        Self { gfns, chunks }
     }
 
-    pub(crate) fn try_lock(&self, block: BlockNo) -> Option<MutexGuard<'_, Block>> {
-        self.block(block).try_lock()
+    #[cfg(test)]
+    pub(crate) fn gfns(&self) -> Range<u64> {
+        self.gfns.clone()
     }
 
-    fn block(&self, block: BlockNo) -> &Mutex<Block> {
-        // Three bits, whatever the number: an index of the array.
-        &self.blocks[usize::from(block.0.to_le_bytes()[0]) % CHUNK_BLOCKS]
+    /// The block of a page of the region, made if need be.
+    pub(crate) fn block(&self, gfn: u64) -> Option<&Mutex<Block>> {
+        let (chunk, at) = self.place(gfn)?;
+        self.chunks.get(chunk)?.get_or_init(|| self.new_chunk(chunk)).get(at)
+    }
+
+    /// Visits the blocks that were made and have a page at or after `from`, in ascending order.
+    pub(crate) fn visit<B>(&self, from: u64, mut visit: impl FnMut(Spot<'_>) -> ControlFlow<B>) -> ControlFlow<B> {
+        let from = from.max(self.gfns.start);
+        let Some((first_chunk, mut at)) = self.place(from) else { return ControlFlow::Continue(()) };
+        let made = self.chunks.iter().enumerate().skip(first_chunk);
+        for (number, chunk) in made {
+            let blocks = chunk.get().and_then(|chunk| chunk.get(at..)).unwrap_or_default();
+            for (block, index) in blocks.iter().zip(number * CHUNK_BLOCKS + at..) {
+                let no = BlockNo(self.first_block() + index as u64);
+                visit(Spot { no, first: no.start().max(self.gfns.start), block })?;
+            }
+            at = 0;
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// In which chunk the block of a page is, and where in it.
+    fn place(&self, gfn: u64) -> Option<(usize, usize)> {
+        let block = self.gfns.contains(&gfn).then(|| gfn / BLOCK_PAGES as u64 - self.first_block())?;
+        let block = usize::try_from(block).ok()?;
+        Some((block / CHUNK_BLOCKS, block % CHUNK_BLOCKS))
+    }
+
+    const fn first_block(&self) -> u64 {
+        self.gfns.start / BLOCK_PAGES as u64
+    }
+
+    /// The last chunk may be shorter.
+    fn new_chunk(&self, chunk: usize) -> Chunk {
+        let blocks = self.gfns.end.div_ceil(BLOCK_PAGES as u64) - self.first_block();
+        let left = usize::try_from(blocks).map_or(CHUNK_BLOCKS, |blocks| blocks - chunk * CHUNK_BLOCKS);
+        (0..left.min(CHUNK_BLOCKS)).map(|_| Mutex::default()).collect()
+    }
+
+    /// Bytes that the books take.
+    pub(crate) fn overhead(&self) -> u64 {
+        let made = self.chunks.iter().filter_map(OnceLock::get);
+        let blocks: u64 = made.map(|chunk| size_of_val(&**chunk) as u64 + ALLOCATOR_BYTES).sum();
+        size_of_val(&*self.chunks) as u64 + blocks
     }
 }
 
-/// What all blocks have mapped, and where they are.
+/// What an allocator adds to a chunk.
+const ALLOCATOR_BYTES: u64 = 32;
+
+// The books cost under 0.01 % of the memory they describe.
+const CHUNK_BYTES: u64 =
+    (size_of::<OnceLock<Chunk>>() + CHUNK_BLOCKS * size_of::<Mutex<Block>>()) as u64 + ALLOCATOR_BYTES;
+#[cfg(not(loom))]
+const _: () = assert!(CHUNK_BYTES * 10_000 < CHUNK_BLOCKS as u64 * BLOCK_PAGES as u64 * 4096);
+
+/// Visits all blocks with a page at or after `from` that were ever made, region by region in ascending order. `next_books`
+/// gives the first books with a page at or after a gfn: they are asked for one at a time, so that no lock of the table of
+/// regions is held while blocks are.
+pub(crate) fn visit<B>(
+    from: u64,
+    next_books: impl Fn(u64) -> Option<Arc<Books>>,
+    mut visit: impl FnMut(Spot<'_>) -> ControlFlow<B>,
+) -> ControlFlow<B> {
+    let mut at = from;
+    while let Some(books) = next_books(at) {
+        books.visit(at, &mut visit)?;
+        at = books.gfns.end;
+    }
+    ControlFlow::Continue(())
+}
+
+/// How much is mapped in all. Relaxed throughout: the numbers speak of nothing but themselves. They wrap: a worker adds
+/// what it mapped after others may have taken some of it away.
 #[derive(Debug, Default)]
-pub(crate) struct PinMap {
-    /// By chunk number. Held only to look up or to enter, never with anything else.
-    chunks: RwLock<BTreeMap<u64, Arc<Chunk>>>,
-    /// Pages mapped, or reserved for a map call that is under way.
+pub(crate) struct Totals {
+    /// Pages mapped or, under a quota, reserved for a map call that is under way.
     pages: AtomicU64,
     mappings: AtomicU64,
 }
 
-impl PinMap {
-    /// The chunk of a block, if anything in it was ever asked for.
-    pub(crate) fn chunk(&self, block: BlockNo) -> Option<Arc<Chunk>> {
-        self.chunks.read().get(&block.chunk()).cloned()
-    }
-
-    /// The chunk of a block, made if need be. Only for blocks that have RAM, so that guests cannot make the books grow.
-    pub(crate) fn chunk_or_new(&self, block: BlockNo) -> Arc<Chunk> {
-        self.chunk(block).unwrap_or_else(|| Arc::clone(self.chunks.write().entry(block.chunk()).or_default()))
-    }
-
-    /// The first block at or after `from` that has books, with its chunk.
-    pub(crate) fn next(&self, from: BlockNo) -> Option<(BlockNo, Arc<Chunk>)> {
-        let chunks = self.chunks.read();
-        let (&number, chunk) = chunks.range(from.chunk()..).next()?;
-        let first = BlockNo(number * CHUNK_BLOCKS as u64);
-        Some((first.max(from), Arc::clone(chunk)))
-    }
-
-    /// All blocks from `from` on that have books, each with its chunk.
-    pub(crate) fn blocks(&self, from: BlockNo) -> impl Iterator<Item = (BlockNo, Arc<Chunk>)> {
-        let mut at = self.next(from);
-        std::iter::from_fn(move || {
-            let (block, chunk) = at.take()?;
-            at = match block.next() {
-                Some(following) if following.chunk() == block.chunk() => Some((following, Arc::clone(&chunk))),
-                Some(following) => self.next(following),
-                None => None,
-            };
-            Some((block, chunk))
-        })
-    }
-
-    /// Pages mapped now.
+impl Totals {
     pub(crate) fn pages(&self) -> u64 {
-        self.pages.load(Relaxed)
+        not_below_zero(self.pages.load(Relaxed))
     }
 
-    /// Extents mapped now.
     pub(crate) fn mappings(&self) -> u64 {
-        self.mappings.load(Relaxed)
+        not_below_zero(self.mappings.load(Relaxed))
     }
 
-    /// Sets pages aside for a map call, if that stays within `quota` pages. Relaxed: the number is all there is to it.
+    /// Sets pages aside for a map call, if that stays within `quota` pages.
     pub(crate) fn reserve(&self, pages: u64, quota: u64) -> bool {
-        let within = |now: u64| now.checked_add(pages).filter(|&sum| sum <= quota);
+        let within = |now: u64| not_below_zero(now).checked_add(pages).filter(|&sum| sum <= quota);
         self.pages.fetch_update(Relaxed, Relaxed, within).is_ok()
     }
 
-    /// Gives back what was set aside for a map call that failed.
-    pub(crate) fn release(&self, pages: u64) {
+    pub(crate) fn add(&self, pages: u64, mappings: u64) {
+        self.pages.fetch_add(pages, Relaxed);
+        self.mappings.fetch_add(mappings, Relaxed);
+    }
+
+    pub(crate) fn remove(&self, pages: u64, mappings: u64) {
         self.pages.fetch_sub(pages, Relaxed);
-    }
-
-    /// Enters an extent that was mapped and reserved.
-    pub(crate) fn enter(&self, block: &mut Block, extent: Range<usize>, round: u32) {
-        block.heads.insert_page(extent.start);
-        block.mapped.insert(extent);
-        block.changed = round;
-        self.mappings.fetch_add(1, Relaxed);
-    }
-
-    /// Takes out whole extents that were unmapped; how many they were.
-    pub(crate) fn remove(&self, block: &mut Block, pages: PageSet, round: u32) -> u64 {
-        let extents = (block.heads & pages).len();
-        self.mappings.fetch_sub(extents, Relaxed);
-        self.pages.fetch_sub((block.mapped & pages).len(), Relaxed);
-        block.heads -= pages;
-        block.mapped -= pages;
-        block.changed = round;
-        extents
-    }
-
-    /// Bytes that the books take: chunks and their places in the index.
-    pub(crate) fn overhead(&self) -> u64 {
-        self.chunks.read().len() as u64 * CHUNK_BYTES
+        self.mappings.fetch_sub(mappings, Relaxed);
     }
 }
 
-/// What a chunk costs: itself, the counts of its Arc, its place in the index (a key and a pointer, in nodes that are half
-/// full at worst), and what an allocator adds.
-const CHUNK_BYTES: u64 = (size_of::<Chunk>() + 2 * size_of::<usize>() + 2 * 2 * size_of::<u64>() + 32) as u64;
-
-// The books cost under 0.01 % of the memory they describe.
-const _: () = assert!(CHUNK_BYTES * 10_000 < CHUNK_BLOCKS as u64 * BLOCK_PAGES as u64 * 4096);
+/// A number that more was taken from than was added, for a moment, is 0.
+fn not_below_zero(wrapped: u64) -> u64 {
+    u64::try_from(wrapped.cast_signed()).unwrap_or(0)
+}
 
 #[cfg(test)]
 mod tests {
@@ -243,43 +276,72 @@ mod tests {
 
     #[test]
     fn extents_end_at_the_next_head_or_gap() {
-        let map = PinMap::default();
         let mut block = Block::default();
         for extent in [3..5, 5..6, 8..64, 64..130, 511..512] {
-            assert!(map.reserve(extent.len() as u64, u64::MAX));
-            map.enter(&mut block, extent, 7);
+            block.enter(extent, 7);
         }
         assert_eq!(block.extents().collect::<Vec<_>>(), [3..5, 5..6, 8..64, 64..130, 511..512]);
-        assert_eq!((map.pages(), map.mappings(), block.changed()), (126, 5, 7));
+        assert_eq!((block.mapped().len(), block.changed()), (126, 7));
         let touching = block.extents_touching(PageSet::range(5..9));
         assert_eq!(touching, PageSet::range(5..6) | PageSet::range(8..64));
-        assert_eq!(map.remove(&mut block, touching, 9), 2);
+        assert_eq!(block.remove(touching, 9), 2);
         assert_eq!(block.extents().collect::<Vec<_>>(), [3..5, 64..130, 511..512]);
-        assert_eq!((map.pages(), map.mappings(), block.changed()), (69, 3, 9));
+        assert_eq!((block.mapped().len(), block.changed()), (69, 9));
     }
 
     #[test]
     fn a_reservation_stays_within_the_quota_and_never_wraps() {
-        let map = PinMap::default();
-        assert!(map.reserve(10, 10));
-        assert!(!map.reserve(1, 10));
-        assert!(!map.reserve(u64::MAX, u64::MAX));
-        map.release(4);
-        assert!(map.reserve(4, 10));
+        let totals = Totals::default();
+        assert!(totals.reserve(10, 10));
+        assert!(!totals.reserve(1, 10));
+        assert!(!totals.reserve(u64::MAX, u64::MAX));
+        totals.remove(4, 0);
+        assert!(totals.reserve(4, 10));
+        totals.remove(12, 1);
+        assert_eq!((totals.pages(), totals.mappings()), (0, 0), "somebody is about to add them");
+        totals.add(7, 1);
+        assert_eq!((totals.pages(), totals.mappings()), (5, 0));
     }
 
     #[test]
     fn blocks_are_visited_in_order_from_anywhere() {
-        let map = PinMap::default();
-        let block = |n: u64| BlockNo(n);
-        for n in [3, 100, 7] {
-            map.chunk_or_new(block(n));
+        let all =
+            [Arc::new(Books::new(100..9000)), Arc::new(Books::new(9000..9001)), Arc::new(Books::new(20_000..90_000))];
+        for gfn in [100, 8999, 9000, 50_000] {
+            all.iter().find_map(|books| books.block(gfn)).unwrap();
         }
-        let from = |n: u64| map.blocks(block(n)).map(|(no, _)| no.0).collect::<Vec<_>>();
-        assert_eq!(from(0), (0..8).chain(96..104).collect::<Vec<_>>());
-        assert_eq!(from(6), (6..8).chain(96..104).collect::<Vec<_>>());
-        assert_eq!(from(8), (96..104).collect::<Vec<_>>());
-        assert_eq!(from(104), Vec::<u64>::new());
+        let from = |from: u64| {
+            let mut seen = Vec::new();
+            let next = |gfn| all.iter().find(|books| books.gfns().end > gfn).cloned();
+            let ControlFlow::<()>::Continue(()) = visit(from, next, |spot| {
+                seen.push((spot.no.0, spot.first));
+                ControlFlow::Continue(())
+            }) else {
+                unreachable!()
+            };
+            seen
+        };
+        let first = |no: u64| (no, (no * 512).max(100));
+        let last: Vec<_> = (95..103).map(|no| (no, no * 512)).collect();
+        let everything: Vec<_> = (0..8).chain(16..18).map(first).chain([(17, 9000)]).chain(last.clone()).collect();
+        assert_eq!(from(0), everything);
+        assert_eq!(from(100), everything);
+        assert_eq!(from(3000), everything[5..]);
+        assert_eq!(from(8703), everything[8..]);
+        assert_eq!(from(8704), everything[9..]);
+        assert_eq!(from(9000), everything[10..]);
+        assert_eq!(from(9001), last);
+        assert_eq!(from(90_000), []);
+    }
+
+    #[test]
+    fn a_region_has_books_of_its_own_pages_only() {
+        let books = Books::new(1000..1600);
+        assert!(books.block(999).is_none() && books.block(1600).is_none());
+        let made: Vec<_> = [1000, 1023, 1024, 1599].map(|gfn| std::ptr::from_ref(books.block(gfn).unwrap())).into();
+        assert_eq!(made[0], made[1]);
+        assert_ne!(made[1], made[2]);
+        assert_ne!(made[2], made[3]);
     }
 
     #[test]
@@ -287,7 +349,7 @@ mod tests {
         let block = BlockNo::of(Gfn::new(513).unwrap());
         assert_eq!(block.gfns(), 512..1024);
         assert_eq!(block.gfn(3).raw(), 515);
-        assert_eq!(BlockNo::index(Gfn::new(515).unwrap()), 3);
+        assert_eq!(BlockNo::index(515), 3);
         assert_eq!(block.pages_in(&(0..514)), PageSet::range(0..2));
         assert_eq!(block.pages_in(&(1000..u64::MAX)), PageSet::range(488..512));
         assert_eq!(block.pages_in(&(0..512)), PageSet::EMPTY);

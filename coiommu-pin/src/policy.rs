@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use coiommu_dtt::PAGE_SIZE;
 
+use crate::page_set::BLOCK_PAGES;
+
 /// How a pinner pins and unpins. Written as `key=value` pairs with commas between, as in
 /// `extent=run,unpin_policy=lru,unpin_interval=1`; what is not named has its default.
 ///
@@ -76,6 +78,11 @@ impl AlignedSize {
     pub const fn bytes(self) -> u64 {
         self.0
     }
+
+    /// The size in pages: 16 to 512.
+    pub(crate) fn pages(self) -> usize {
+        usize::try_from(self.0 / PAGE_SIZE).unwrap_or(BLOCK_PAGES)
+    }
 }
 
 /// Whether idle pages are taken back over time. They are taken back in any case when room is needed.
@@ -140,8 +147,8 @@ impl Policy {
     }
 
     /// The most pages that are pinned at once.
-    pub(crate) fn quota_pages(&self) -> u64 {
-        self.quota.map_or(u64::MAX, |bytes| bytes / PAGE_SIZE)
+    pub(crate) fn quota_pages(&self) -> Option<u64> {
+        self.quota.map(|bytes| bytes / PAGE_SIZE)
     }
 
     fn set(&mut self, key: &'static str, value: &str) -> Option<()> {

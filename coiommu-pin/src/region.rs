@@ -1,10 +1,9 @@
-//! Guest RAM that may be pinned: [`RamRegion`], and the table of those that are there.
+//! Guest RAM that may be pinned: [`RamRegion`].
 //!
 //! Unsafe is needed here: a region is a promise about memory, made once, on which every map call stands.
 #![allow(unsafe_code)]
 
 use std::any::Any;
-use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -231,189 +230,31 @@ impl fmt::Debug for RamRegion {
     }
 }
 
-/// The regions that are there, and what is remembered of those that went.
-#[derive(Debug, Default)]
-pub(crate) struct Regions {
-    present: BTreeMap<u64, Arc<RamRegion>>,
-    absent: Vec<AbsentRegion>,
-}
-
-/// RAM that went away.
-#[derive(Debug)]
-pub(crate) struct AbsentRegion {
-    pub(crate) gfns: Range<u64>,
-    pub(crate) identity: Option<FileIdentity>,
-    /// What was mapped when it went, in gfns: the guest still sees PINNED there.
-    pub(crate) extents: Vec<Range<u64>>,
-    /// The region, as long as something of it may still be mapped.
-    memory: Option<Arc<RamRegion>>,
-}
-
-/// How many places that were RAM once are known. A guest that moves RAM around makes new ones; the oldest are forgotten.
-const MOST_ABSENT: usize = 1024;
-
-impl Regions {
-    /// The region that a page is in.
-    pub(crate) fn find(&self, gfn: Gfn) -> Option<&Arc<RamRegion>> {
-        let (_, region) = self.present.range(..=gfn.raw()).next_back()?;
-        region.gfns().contains(&gfn.raw()).then_some(region)
-    }
-
-    /// Whether any page of a range is in a region.
-    pub(crate) fn touches(&self, gfns: &Range<u64>) -> bool {
-        self.present.range(..gfns.end).next_back().is_some_and(|(_, region)| region.gfns().end > gfns.start)
-    }
-
-    /// Whether a page was RAM once and may be again.
-    pub(crate) fn is_absent(&self, gfn: Gfn) -> bool {
-        self.absent.iter().any(|region| region.gfns.contains(&gfn.raw()))
-    }
-
-    pub(crate) fn any_absent(&self) -> bool {
-        !self.absent.is_empty()
-    }
-
-    /// How many pages of a range were mapped when their RAM went, and will be again when it returns.
-    pub(crate) fn remembered(&self, gfns: &Range<u64>) -> u64 {
-        let extents = self.absent.iter().flat_map(|absent| &absent.extents);
-        extents.filter_map(|extent| intersection(extent, gfns)).map(|pages| pages.end - pages.start).sum()
-    }
-
-    /// All regions of which something may be mapped.
-    pub(crate) fn memory(&self) -> impl Iterator<Item = &Arc<RamRegion>> {
-        self.present.values().chain(self.absent.iter().filter_map(|absent| absent.memory.as_ref()))
-    }
-
-    /// Enters a region and gives what was remembered of its place, cut to it. What was remembered beyond stays.
-    pub(crate) fn add(&mut self, region: Arc<RamRegion>) -> Vec<AbsentRegion> {
-        let gfns = region.gfns();
-        let mut returning = Vec::new();
-        let mut staying = Vec::new();
-        for absent in self.absent.drain(..) {
-            let [before, inside, after] = absent.cut(&gfns);
-            returning.extend(inside);
-            staying.extend(before.into_iter().chain(after));
-        }
-        self.absent = staying;
-        self.present.insert(gfns.start, region);
-        returning
-    }
-
-    /// Takes out the region that is exactly there; its memory is kept until [`let_go`](Self::let_go). Gives what had to be
-    /// forgotten for it.
-    pub(crate) fn remove(&mut self, gfns: &Range<u64>) -> Option<Vec<Range<u64>>> {
-        self.present.get(&gfns.start).filter(|region| region.gfns() == *gfns)?;
-        let region = self.present.remove(&gfns.start)?;
-        let oldest = self.absent.iter().position(|absent| absent.memory.is_none());
-        let forgotten = match oldest {
-            Some(oldest) if self.absent.len() >= MOST_ABSENT => self.absent.remove(oldest).extents,
-            _ => Vec::new(),
-        };
-        let identity = region.file_identity();
-        self.absent.push(AbsentRegion { gfns: gfns.clone(), identity, extents: Vec::new(), memory: Some(region) });
-        Some(forgotten)
-    }
-
-    /// Remembers what was mapped in regions that went.
-    pub(crate) fn remember(&mut self, extents: Vec<Range<u64>>) {
-        for extent in extents {
-            if let Some(absent) = self.absent.iter_mut().find(|absent| absent.gfns.contains(&extent.start)) {
-                absent.extents.push(extent);
-            }
-        }
-    }
-
-    /// Nothing of the regions that went from a range is mapped any more: their memory may go.
-    pub(crate) fn let_go(&mut self, gfns: &Range<u64>) {
-        let inside = |absent: &&mut AbsentRegion| gfns.start <= absent.gfns.start && absent.gfns.end <= gfns.end;
-        self.absent.iter_mut().filter(inside).for_each(|absent| absent.memory = None);
-    }
-
-    /// Forgets what was mapped anywhere, and gives it; the places stay known as RAM that may return.
-    pub(crate) fn forget_extents(&mut self) -> Vec<Range<u64>> {
-        self.absent.iter_mut().flat_map(|absent| absent.extents.drain(..)).collect()
-    }
-}
-
-impl AbsentRegion {
-    /// What of it lies before, in and after a range.
-    fn cut(&self, at: &Range<u64>) -> [Option<Self>; 3] {
-        [0..at.start, at.clone(), at.end..u64::MAX].map(|part| {
-            let gfns = intersection(&self.gfns, &part)?;
-            let extents = self.extents.iter().filter_map(|extent| intersection(extent, &gfns)).collect();
-            Some(Self { gfns, identity: self.identity, extents, memory: self.memory.clone() })
-        })
-    }
-}
-
-/// What two ranges have in common, if anything.
-pub(crate) fn intersection(a: &Range<u64>, b: &Range<u64>) -> Option<Range<u64>> {
-    let common = a.start.max(b.start)..a.end.min(b.end);
-    (!common.is_empty()).then_some(common)
+/// A region over no memory, for tests that map nothing.
+#[cfg(test)]
+pub(crate) fn test_region(gfns: Range<u64>, origin: Option<u64>) -> RamRegion {
+    let file = origin.map(|origin| RamFile {
+        file: Arc::new(File::open("/dev/null").unwrap()),
+        device: 1,
+        inode: 2,
+        offset: origin + gfns.start * PAGE_SIZE,
+    });
+    let bytes = (gfns.end - gfns.start) * PAGE_SIZE;
+    let gpa = Gpa::new(gfns.start * PAGE_SIZE);
+    // SAFETY: nothing is ever mapped or read through these regions.
+    unsafe { RamRegion::new(gpa, bytes, NonNull::dangling(), file, Arc::new(())) }.unwrap()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn region(gfns: Range<u64>, origin: Option<u64>) -> Arc<RamRegion> {
-        let file = origin.map(|origin| RamFile {
-            file: Arc::new(File::open("/dev/null").unwrap()),
-            device: 1,
-            inode: 2,
-            offset: origin + gfns.start * PAGE_SIZE,
-        });
-        let bytes = (gfns.end - gfns.start) * PAGE_SIZE;
-        // SAFETY: nothing is ever mapped or read through these regions.
-        let region =
-            unsafe { RamRegion::new(Gpa::new(gfns.start * PAGE_SIZE), bytes, NonNull::dangling(), file, Arc::new(())) };
-        Arc::new(region.unwrap())
-    }
-
     #[test]
     fn a_place_in_a_file_is_the_same_only_with_the_same_origin() {
-        let same = region(16..32, Some(0));
-        assert_eq!(same.file_identity(), region(20..24, Some(0)).file_identity());
-        assert_ne!(same.file_identity(), region(16..32, Some(PAGE_SIZE)).file_identity());
-        assert_eq!(region(16..32, None).file_identity(), None);
-    }
-
-    #[test]
-    fn a_region_is_found_by_its_pages_and_no_others() {
-        let mut regions = Regions::default();
-        regions.add(region(16..32, None));
-        regions.add(region(64..65, None));
-        let found = |gfn: u64| regions.find(Gfn::new(gfn).unwrap()).map(|region| region.gfns());
-        for gfn in [0, 15, 32, 63, 65] {
-            assert_eq!(found(gfn), None);
-        }
-        assert_eq!(found(16), Some(16..32));
-        assert_eq!(found(31), Some(16..32));
-        assert_eq!(found(64), Some(64..65));
-        for (range, touches) in
-            [(0..16, false), (0..17, true), (31..40, true), (32..64, false), (33..100, true), (65..70, false)]
-        {
-            assert_eq!(regions.touches(&range), touches, "{range:?}");
-        }
-    }
-
-    #[test]
-    fn what_went_is_remembered_and_comes_back_in_pieces() {
-        let mut regions = Regions::default();
-        regions.add(region(0..64, Some(0)));
-        assert!(regions.remove(&(0..32)).is_none(), "no region ends there");
-        assert!(regions.remove(&(0..64)).is_some());
-        regions.remember(vec![4..6, 30..36, 40..41]);
-        assert!(regions.is_absent(Gfn::new(63).unwrap()));
-        let back = regions.add(region(0..32, Some(0)));
-        assert_eq!(back.len(), 1);
-        assert_eq!(back[0].extents, [4..6, 30..32]);
-        assert!(!regions.is_absent(Gfn::new(31).unwrap()));
-        let back = regions.add(region(32..33, None));
-        assert_eq!(back[0].extents.first(), Some(&(32..33)));
-        let back = regions.add(region(33..64, None));
-        assert_eq!(back[0].extents, [33..36, 40..41]);
-        assert!(!regions.any_absent());
+        let same = test_region(16..32, Some(0));
+        assert_eq!(same.file_identity(), test_region(20..24, Some(0)).file_identity());
+        assert_ne!(same.file_identity(), test_region(16..32, Some(PAGE_SIZE)).file_identity());
+        assert_eq!(test_region(16..32, None).file_identity(), None);
     }
 
     #[test]

@@ -66,10 +66,17 @@ struct Model {
     threshold: u32,
     extents: BTreeMap<u64, u64>,
     leaves: BTreeMap<u64, Leaf>,
-    /// The round in which a block last changed.
+    /// The round in which a block of a region last changed, by its first page.
     changed: BTreeMap<u64, u32>,
     round: u32,
     parked: u32,
+}
+
+/// The pages of a page's block that are in its region.
+fn block_of(page: u64) -> Range<u64> {
+    let region = RAM.iter().find(|ram| ram.contains(&page)).unwrap();
+    let start = page / 512 * 512;
+    start.max(region.start)..(start + 512).min(region.end)
 }
 
 impl Model {
@@ -100,7 +107,7 @@ impl Model {
             if !self.is_mapped(page) {
                 let extent = self.extent(page, &wanted);
                 self.extents.insert(extent.start, extent.end - extent.start);
-                self.changed.insert(page / 512, self.round);
+                self.changed.insert(block_of(page).start, self.round);
                 extent.for_each(|page| self.leaves.entry(page).or_default().pinned = true);
             }
             self.leaves.entry(page).or_default().pinned = true;
@@ -138,7 +145,7 @@ impl Model {
             .collect();
         for extent in &going {
             self.extents.remove(&extent.start);
-            self.changed.insert(extent.start / 512, self.round);
+            self.changed.insert(block_of(extent.start).start, self.round);
         }
         let gone: BTreeSet<_> = going.into_iter().flatten().collect();
         gone.iter().for_each(|page| self.leaves.get_mut(page).unwrap().pinned = false);
@@ -150,13 +157,13 @@ impl Model {
             return (0, 0);
         }
         let (mut unpinned, mut aged) = (0, 0);
-        let blocks: BTreeSet<_> = self.extents.keys().map(|first| first / 512).collect();
-        for block in blocks {
-            let age = self.round - self.changed.get(&block).copied().unwrap_or(0);
+        let blocks: BTreeMap<_, _> =
+            self.extents.keys().map(|&first| (block_of(first).start, block_of(first))).collect();
+        for (start, pages) in blocks {
+            let age = self.round - self.changed.get(&start).copied().unwrap_or(0);
             if self.threshold != 0 && age >= self.threshold && !age.is_multiple_of(self.threshold) {
                 continue;
             }
-            let pages = block * 512..(block + 1) * 512;
             unpinned += self.take(pages.clone(), |leaf| leaf.count == 0 && !leaf.accessed).len() as u64;
             for page in pages.filter(|&page| self.is_mapped(page)).collect::<Vec<_>>() {
                 let leaf = self.leaves.get_mut(&page).unwrap();
@@ -186,7 +193,7 @@ impl Model {
     fn deactivate(&mut self) {
         for page in (0..GFNS).filter(|&page| self.is_mapped(page)).collect::<Vec<_>>() {
             self.leaves.get_mut(&page).unwrap().pinned = false;
-            self.changed.insert(page / 512, self.round);
+            self.changed.insert(block_of(page).start, self.round);
         }
         self.extents.clear();
         self.parked = 0;

@@ -62,7 +62,7 @@ fn a_request_of_an_earlier_activation_is_not_served_from_the_next() {
 fn a_request_that_takes_too_long_is_cut_off_and_leaves_no_half_page() {
     let mut rig = Rig::new("extent=page");
     let mut request = rig.pinner.begin(rig.word(&[1, 320, 600, 1600]), Duration::ZERO).unwrap();
-    let clock = Hasty(AtomicU64::new(0), SECOND / 2);
+    let clock = Hasty(AtomicU64::new(0), SECOND);
     let result = loop {
         if let Step::Done(result) = rig.pinner.step(&mut request, &mut rig.scratch, &clock) {
             break result;
@@ -104,7 +104,7 @@ fn a_long_batch_lets_other_slots_be_looked_at() {
     let mut rig = Rig::new("extent=page");
     let pages: Vec<_> = (0..300).chain(310..1100).collect();
     let mut request = rig.pinner.begin(rig.word(&pages), Duration::ZERO).unwrap();
-    let clock = Hasty(AtomicU64::new(0), Duration::from_millis(12));
+    let clock = Hasty(AtomicU64::new(0), Duration::from_millis(20));
     let mut steps = 1;
     while rig.pinner.step(&mut request, &mut rig.scratch, &clock) == Step::More {
         // Another request in between, with the same scratch.

@@ -1,6 +1,6 @@
 //! Unpinning a range on demand, because its memory is about to be taken from the guest, and holding it until it is.
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
 use std::time::Duration;
@@ -10,8 +10,7 @@ use coiommu_dtt::{Gfn, Gpa, PAGE_SIZE};
 use super::unpin::{Ask, Limit, NotNow};
 use super::{Clock, Pinner};
 use crate::page_set::PageSet;
-use crate::pin_map::{BlockNo, Chunk};
-use crate::region::intersection;
+use crate::pin_map::{BlockNo, Spot};
 use crate::space::TableSpace;
 use crate::sync::Mutex;
 
@@ -24,7 +23,8 @@ const STEP_BLOCKS: usize = 64;
 #[must_use = "nothing is unpinned before its steps"]
 pub struct ForcedUnpin {
     hold: Hold,
-    next: BlockNo,
+    /// The gfn from which blocks are yet to be worked on.
+    next: u64,
     started: Duration,
     /// How many regions had come and gone when it began.
     region_changes: u64,
@@ -132,37 +132,42 @@ impl<S: TableSpace> Pinner<S> {
         let hold = self.holds.add(first.raw()..end);
         let region_changes = self.region_changes.load(Relaxed);
         let report = UnpinReport::default();
-        ForcedUnpin { hold, next: BlockNo::of(first), started: clock.now(), region_changes, report }
+        ForcedUnpin { hold, next: first.raw(), started: clock.now(), region_changes, report }
     }
 
     /// Unpins the next blocks of a range.
     pub fn step_unpin(&self, mut unpin: ForcedUnpin, clock: &dyn Clock) -> UnpinStep {
         let gfns = unpin.hold.gfns.clone();
         let in_time = clock.now() < unpin.started.saturating_add(self.config.park_time);
-        for _ in 0..STEP_BLOCKS {
-            let next = self.map.next(unpin.next).filter(|(no, _)| intersection(&no.gfns(), &gfns).is_some());
-            let Some((no, chunk)) = next else {
-                return self.finish_unpin(unpin, in_time);
-            };
-            unpin.next = no;
-            let pages = no.pages_in(&gfns);
-            match self.unpin_in_block(no, &chunk, pages) {
+        let mut blocks = 0..STEP_BLOCKS;
+        let stopped = self.visit(unpin.next, |spot| {
+            if spot.first >= gfns.end {
+                return ControlFlow::Break(Stop::End);
+            }
+            unpin.next = spot.first;
+            if blocks.next().is_none() {
+                return ControlFlow::Break(Stop::Pause);
+            }
+            let pages = spot.no.pages_in(&gfns);
+            let mapped = || (*spot.block.lock().mapped() & pages).len();
+            match self.unpin_in_block(spot, pages) {
                 Ok(report) => unpin.report.add(report),
-                Err(NotNow::Parked) if in_time => return UnpinStep::Wait(unpin),
-                Err(NotNow::Parked) => unpin.report.parked += (chunk.lock(no).mapped() & pages).len(),
+                Err(NotNow::Parked) if in_time => return ControlFlow::Break(Stop::Parked),
+                Err(NotNow::Parked) => unpin.report.parked += mapped(),
                 Err(NotNow::Busy) if in_time => {
                     // Wait for whoever is there, with the park guard let go, and come back.
-                    drop(chunk.lock(no));
-                    return UnpinStep::More(unpin);
+                    drop(spot.block.lock());
+                    return ControlFlow::Break(Stop::Pause);
                 }
-                Err(NotNow::Busy) => unpin.report.busy += (chunk.lock(no).mapped() & pages).len(),
+                Err(NotNow::Busy) => unpin.report.busy += mapped(),
             }
-            match no.next() {
-                Some(next) => unpin.next = next,
-                None => return self.finish_unpin(unpin, in_time),
-            }
+            ControlFlow::Continue(())
+        });
+        match stopped {
+            ControlFlow::Continue(()) | ControlFlow::Break(Stop::End) => self.finish_unpin(unpin, in_time),
+            ControlFlow::Break(Stop::Pause) => UnpinStep::More(unpin),
+            ControlFlow::Break(Stop::Parked) => UnpinStep::Wait(unpin),
         }
-        UnpinStep::More(unpin)
     }
 
     fn finish_unpin(&self, mut unpin: ForcedUnpin, in_time: bool) -> UnpinStep {
@@ -178,7 +183,7 @@ impl<S: TableSpace> Pinner<S> {
                 return UnpinStep::Done(UnpinReport { released, busy, ..UnpinReport::default() }, None);
             }
             unpin.region_changes = region_changes;
-            unpin.next = BlockNo::of(Gfn::new(unpin.hold.gfns.start).unwrap_or(Gfn::MAX));
+            unpin.next = unpin.hold.gfns.start;
             unpin.report = UnpinReport { released, ..UnpinReport::default() };
             return UnpinStep::More(unpin);
         }
@@ -189,10 +194,10 @@ impl<S: TableSpace> Pinner<S> {
         UnpinStep::Done(report, report.may_be_taken().then_some(hold))
     }
 
-    fn unpin_in_block(&self, no: BlockNo, chunk: &Chunk, pages: PageSet) -> Result<UnpinReport, NotNow> {
-        let activation = self.activation.read();
-        self.try_block(no, chunk, |block| {
-            let mapped = block.mapped() & pages;
+    fn unpin_in_block(&self, spot: Spot<'_>, pages: PageSet) -> Result<UnpinReport, NotNow> {
+        let (no, activation) = (spot.no, self.activation.read());
+        self.try_block(spot, |block| {
+            let mapped = *block.mapped() & pages;
             match activation.dtt {
                 Some(dtt) => {
                     self.unpin_block(no, block, Ask::Forced(pages), Limit::NONE, dtt, &self.space.view());
@@ -202,12 +207,22 @@ impl<S: TableSpace> Pinner<S> {
                     self.drain_block(no, block, None);
                 }
             }
-            let busy = (block.mapped() & pages).len();
+            let busy = (*block.mapped() & pages).len();
             let released = mapped.len() - busy;
             self.counts.pages_unpinned_forced.add(released);
             UnpinReport { released, busy, ..UnpinReport::default() }
         })
     }
+}
+
+/// Why a step of a forced unpin ends.
+enum Stop {
+    /// The rest of the range has no books.
+    End,
+    /// There is more to do.
+    Pause,
+    /// Unpinning is parked.
+    Parked,
 }
 
 impl UnpinReport {

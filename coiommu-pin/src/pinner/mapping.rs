@@ -10,9 +10,63 @@ use coiommu_dtt::PAGE_SIZE;
 use super::Pinner;
 use crate::mapper::MapError;
 use crate::page_set::{BLOCK_PAGES, PageSet};
-use crate::pin_map::{Block, BlockNo};
+use crate::pin_map::{Block, BlockNo, Totals};
 use crate::region::RamRegion;
 use crate::space::TableSpace;
+use crate::stats::Counts;
+
+/// What map calls have done, until it is added to what is counted for all: the workers would pull at those counters, page
+/// by page.
+pub(super) struct Tally<'p> {
+    totals: &'p Totals,
+    counts: &'p Counts,
+    quota: Option<u64>,
+    calls: u64,
+    failures: u64,
+    pages: u64,
+    mappings: u64,
+}
+
+impl<'p> Tally<'p> {
+    pub(super) fn new<S: TableSpace>(pinner: &'p Pinner<S>) -> Self {
+        let quota = pinner.config.policy.quota_pages();
+        let (totals, counts) = (&pinner.totals, &pinner.counts);
+        Self { totals, counts, quota, calls: 0, failures: 0, pages: 0, mappings: 0 }
+    }
+
+    /// Adds it all up, and begins at 0.
+    pub(super) fn settle(&mut self) {
+        // What is under a quota was counted when it was reserved.
+        self.totals.add(if self.quota.is_none() { self.pages } else { 0 }, self.mappings);
+        self.counts.pages_pinned.add(std::mem::take(&mut self.pages));
+        self.counts.map_calls.add(std::mem::take(&mut self.calls));
+        self.counts.map_failures.add(std::mem::take(&mut self.failures));
+        self.mappings = 0;
+    }
+
+    fn reserve(&self, pages: u64) -> bool {
+        self.quota.is_none_or(|quota| self.totals.reserve(pages, quota))
+    }
+
+    fn mapped(&mut self, pages: u64) {
+        self.pages += pages;
+        self.mappings += 1;
+    }
+
+    fn failed(&mut self, pages: u64) {
+        self.failures += 1;
+        if self.quota.is_some() {
+            self.totals.remove(pages, 0);
+        }
+    }
+}
+
+/// Whatever happens, what was mapped is counted.
+impl Drop for Tally<'_> {
+    fn drop(&mut self) {
+        self.settle();
+    }
+}
 
 /// What became of extents that were to be unmapped.
 #[derive(Clone, Copy, Debug, Default)]
@@ -35,18 +89,19 @@ impl<S: TableSpace> Pinner<S> {
         block: &mut Block,
         pages: Range<usize>,
         region: &RamRegion,
+        tally: &mut Tally<'_>,
     ) -> Result<(), MapError> {
         let first = no.gfn(pages.start);
         let backing = region.backing(first).ok_or(MapError::Invalid)?;
         let count = pages.len() as u64;
-        if !self.map.reserve(count, self.config.policy.quota_pages()) {
+        if !tally.reserve(count) {
             return Err(MapError::NoMemory);
         }
         let (iova, len) = (first.gpa().raw(), count * PAGE_SIZE);
-        let call = || {
-            self.counts.map_calls.add(1);
+        let mut call = || {
+            tally.calls += 1;
             // SAFETY: the region vouches for its memory as long as it lives. It lives until everything of it is unmapped:
-            // the table of regions keeps it, present or absent, until its blocks, one of which is locked here, were
+            // the table of regions keeps it, present or leaving, until its blocks, one of which is locked here, were
             // cleared under their locks; what cannot be unmapped is kept, and leaked at the end.
             unsafe { self.mapper.map(iova, backing, len) }
         };
@@ -60,13 +115,10 @@ impl<S: TableSpace> Pinner<S> {
         }
         match result {
             Ok(()) => {
-                self.map.enter(block, pages, self.round());
-                self.counts.pages_pinned.add(count);
+                block.enter(pages, self.round());
+                tally.mapped(count);
             }
-            Err(_) => {
-                self.counts.map_failures.add(1);
-                self.map.release(count);
-            }
+            Err(_) => tally.failed(count),
         }
         result
     }
@@ -74,7 +126,7 @@ impl<S: TableSpace> Pinner<S> {
     /// Unmaps whole extents and takes them out of the pin map. What lies between two of them unmapped goes in one call.
     pub(super) fn unmap_extents(&self, no: BlockNo, block: &mut Block, going: PageSet) -> Unmapped {
         let mut unmapped = Unmapped::default();
-        let staying = block.mapped() - going;
+        let staying = *block.mapped() - going;
         let mut next = going.first_from(0);
         while let Some(start) = next {
             let limit = staying.first_from(start).unwrap_or(BLOCK_PAGES);
@@ -106,7 +158,9 @@ impl<S: TableSpace> Pinner<S> {
             self.note_anomaly(|| format!("{bytes:#x} bytes were mapped where the pin map had {pages} pages"));
         }
         self.counts.pages_unpinned.add(pages);
-        unmapped.extents += self.map.remove(block, together, self.round());
+        let extents = block.remove(together, self.round());
+        self.totals.remove(pages, extents);
+        unmapped.extents += extents;
         true
     }
 

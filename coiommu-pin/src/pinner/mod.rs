@@ -9,22 +9,23 @@
 //! | `ram.rs` | RAM that comes and goes |
 //! | `mapping.rs` | the calls of the mapper, and what to do when it disagrees with the pin map |
 //!
-//! Locks, in the order in which they are taken. With none but the first held does anybody wait for another block; with none
-//! at all for the guest, or for a park to end.
+//! Locks, in the order in which they are taken. Nobody waits for the guest, or for a park to end, with any of them held.
 //!
 //! 1. `changing_regions`: while RAM comes or goes, and while draining, so that these come one after the other.
 //! 2. `stale`, then `activation` (read): while the table is used; written to activate and deactivate.
-//! 3. `park` (read): while one block is unpinned. Blocks are only *tried* under it, so that whoever parks waits for one
+//! 3. `regions` (read): for one step of a request, so that whether a page may be mapped does not change under it; else for
+//!    one look. Written with nothing but the first held: a pin that looked before is over by then, a pin that looks later
+//!    sees the change. Then the blocks are cleared, each under its lock.
+//! 4. `park` (read): while one block is unpinned. Blocks are only *tried* under it, so that whoever parks waits for one
 //!    block's unmap at most.
-//! 4. a block: while its mappings and PINNED bits change.
-//! 5. `regions` (read), the holds, the mapper's own: looked at under a block's lock. Who changes regions or holds
-//!    changes them first, holding no block, and then locks the blocks: a pin that looked before is over by then, a pin
-//!    that locks later sees the change.
+//! 5. a block: while its mappings and PINNED bits change. One at a time.
+//! 6. the holds, the mapper's own: looked at under a block's lock. Who adds a hold adds it first, and then locks the
+//!    blocks.
 //!
-//! The index of the pin map and the two hands are held for one look or change each, and nothing is taken with them.
+//! The two hands are held for one look or change each, and nothing is taken with them.
 
 use std::fmt;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -34,9 +35,9 @@ use coiommu_dtt::{Bdf, Dtt, Gpa, PAGE_SIZE};
 use hdrhistogram::Histogram;
 
 use crate::mapper::DmaMapper;
-use crate::pin_map::{BlockNo, Extent, PinMap};
+use crate::pin_map::{self, Extent, Spot, Totals};
 use crate::policy::Policy;
-use crate::region::Regions;
+use crate::region_table::Regions;
 use crate::space::{GuestMemoryNotShown, TableSpace};
 use crate::stats::{Counters, Counts, Latency};
 use crate::sync::{Mutex, RwLock};
@@ -55,6 +56,11 @@ pub use unpin::TickReport;
 pub trait Clock {
     /// The time since some fixed moment; it does not go back.
     fn now(&self) -> Duration;
+
+    /// The same, but it may be some milliseconds old: asked for once a block, where a clock that is cheap to read pays.
+    fn roughly(&self) -> Duration {
+        self.now()
+    }
 }
 
 /// A clock that stands still.
@@ -147,15 +153,15 @@ pub struct Pinner<S: TableSpace> {
     changing_regions: Mutex<()>,
     /// How many regions ever came and went. Changed and decided upon with `changing_regions` held, hence relaxed.
     region_changes: AtomicU64,
-    map: PinMap,
+    totals: Totals,
     activation: RwLock<Activation>,
     /// How many PARKs without their UNPARK.
     park: RwLock<u64>,
     holds: Arc<forced::Holds>,
-    /// Where the clock hand of the ticks is. Held for one read or write.
-    hand: Mutex<BlockNo>,
+    /// The gfn where the clock hand of the ticks is. Held for one read or write.
+    hand: Mutex<u64>,
     /// Where room was made last. Held for one read or write.
-    room_hand: Mutex<BlockNo>,
+    room_hand: Mutex<u64>,
     /// Pages, by runs in one block, whose PINNED is to be cleared once their table is back. Held with `activation` and a
     /// block inside; only while regions change.
     stale: Mutex<Vec<Range<u64>>>,
@@ -184,12 +190,12 @@ impl<S: TableSpace> Pinner<S> {
             regions: RwLock::default(),
             changing_regions: Mutex::default(),
             region_changes: AtomicU64::new(0),
-            map: PinMap::default(),
+            totals: Totals::default(),
             activation: RwLock::default(),
             park: RwLock::default(),
             holds: Arc::default(),
-            hand: Mutex::new(BlockNo::FIRST),
-            room_hand: Mutex::new(BlockNo::FIRST),
+            hand: Mutex::default(),
+            room_hand: Mutex::default(),
             stale: Mutex::default(),
             round: AtomicU32::new(0),
             counts: Counts::default(),
@@ -233,9 +239,7 @@ impl<S: TableSpace> Pinner<S> {
         let table = dtt.filter(|_| drain == Drain::Deactivate).map(|dtt| (dtt, &*view));
         self.forget_absent(table);
         let mut pages = 0;
-        for (block, chunk) in self.map.blocks(BlockNo::FIRST) {
-            pages += self.drain_block(block, &mut chunk.lock(block), table);
-        }
+        self.each_block(|spot| pages += self.drain_block(spot.no, &mut spot.block.lock(), table));
         if pages == 0 { Ok(()) } else { Err(DrainError { pages }) }
     }
 
@@ -266,13 +270,13 @@ impl<S: TableSpace> Pinner<S> {
     /// Pages mapped for the devices now; for a moment also those whose map call is under way.
     #[must_use]
     pub fn pinned_pages(&self) -> u64 {
-        self.map.pages()
+        self.totals.pages()
     }
 
     /// Mappings (extents) now.
     #[must_use]
     pub fn mappings(&self) -> u64 {
-        self.map.mappings()
+        self.totals.mappings()
     }
 
     /// What was counted so far.
@@ -291,17 +295,29 @@ impl<S: TableSpace> Pinner<S> {
     #[must_use]
     pub fn extents(&self) -> Vec<Extent> {
         let mut extents = Vec::new();
-        for (block, chunk) in self.map.blocks(BlockNo::FIRST) {
-            let here = chunk.lock(block).extents();
-            extents.extend(here.map(|pages| Extent { first: block.gfn(pages.start), pages: pages.len() as u64 }));
-        }
+        self.each_block(|spot| {
+            let here = spot.block.lock().extents();
+            extents.extend(here.map(|pages| Extent { first: spot.no.gfn(pages.start), pages: pages.len() as u64 }));
+        });
         extents
+    }
+
+    /// Visits the blocks from a gfn on, holding no lock but those the visitor takes.
+    fn visit<B>(&self, from: u64, visit: impl FnMut(Spot<'_>) -> ControlFlow<B>) -> ControlFlow<B> {
+        pin_map::visit(from, |gfn| self.regions.read().next_books(gfn), visit)
+    }
+
+    fn each_block(&self, mut visit: impl FnMut(Spot<'_>)) {
+        let _: ControlFlow<()> = self.visit(0, |spot| {
+            visit(spot);
+            ControlFlow::Continue(())
+        });
     }
 
     /// Bytes that the books of what is pinned take.
     #[must_use]
     pub fn overhead_bytes(&self) -> u64 {
-        self.map.overhead()
+        self.regions.read().banks().map(|bank| bank.books.overhead()).sum()
     }
 
     fn round(&self) -> u32 {
@@ -314,7 +330,7 @@ impl<S: TableSpace> Drop for Pinner<S> {
     fn drop(&mut self) {
         if let Err(error) = self.deactivate(Drain::Reset) {
             log::error!("{error}; the guest's memory is never freed");
-            self.regions.read().memory().for_each(|region| region.leak());
+            self.regions.read().banks().for_each(|bank| bank.region.leak());
         }
     }
 }

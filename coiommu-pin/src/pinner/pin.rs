@@ -1,11 +1,13 @@
-//! Serving a request: piece by piece, and a piece block by block.
+//! Serving a request: piece by piece, a piece by the blocks that its pages are in.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::time::Duration;
 
 use coiommu_dtt::walk::WalkError;
-use coiommu_dtt::{Dtt, Gfn, RequestWord};
+use coiommu_dtt::{Dtt, Gfn, Leaf, LeafTable, RequestWord, TableMemory, Walker};
 
+use super::mapping::Tally;
 use super::unpin::Need;
 use super::{Clock, Pinner};
 use crate::mapper::MapError;
@@ -13,8 +15,13 @@ use crate::page_set::{BLOCK_PAGES, PageSet};
 use crate::pin_map::{Block, BlockNo};
 use crate::policy::ExtentPolicy;
 use crate::region::RamRegion;
+use crate::region_table::{Bank, Regions};
 use crate::request::{PinRequest, Refusal, Scratch};
 use crate::space::{Memory, TableSpace};
+use crate::sync::Mutex;
+
+/// So many blocks are looked up before the first of them is served, so that the misses of their leaves overlap.
+const BLOCKS_AHEAD: usize = 16;
 
 /// What to do after a piece of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,19 +48,6 @@ pub enum PinResult {
     Refused(Refusal),
 }
 
-/// What became of the pages of one block.
-#[derive(Debug, Default)]
-struct Outcome {
-    /// Not pinned, and no way to.
-    failed: PageSet,
-    /// Not pinned, but their RAM, or that of their table, may come back.
-    absent: PageSet,
-    /// Not pinned for want of room.
-    short: PageSet,
-    /// The guest has given up, or is about to.
-    timed_out: bool,
-}
-
 /// What became of a piece, in pages.
 #[derive(Debug, Default)]
 struct Piece {
@@ -64,23 +58,75 @@ struct Piece {
     timed_out: bool,
 }
 
+/// What became of a share of a piece.
+#[derive(Clone, Copy, Debug)]
+enum Outcome {
+    /// All of it is pinned.
+    Pinned,
+    /// So many pages cannot be pinned.
+    Failed(u64),
+    /// So many pages have no RAM, or their table has none, that may come back; so many others failed.
+    Absent { absent: u64, failed: u64 },
+    /// So many pages failed, and so many more for want of room.
+    Short { failed: u64, short: Need },
+    /// The guest has given up, or is about to: nothing more is pinned.
+    TimedOut,
+}
+
 /// When to look at other slots, and when to stop.
-#[derive(Clone, Copy)]
 struct Times<'a> {
     clock: &'a dyn Clock,
+    /// The clock as it was read last.
+    now: Cell<Duration>,
     pause: Duration,
     end: Duration,
 }
 
 impl Times<'_> {
-    fn is_pause(&self) -> bool {
-        self.clock.now() >= self.pause
+    /// Reads the clock: whether the guest has given up, or is about to.
+    fn is_over(&self) -> bool {
+        self.now.set(self.clock.roughly());
+        self.now.get() >= self.end
     }
 
-    fn is_over(&self) -> bool {
-        self.clock.now() >= self.end
+    /// Whether it was time to look at other slots when the clock was last read.
+    fn is_pause(&self) -> bool {
+        self.now.get() >= self.pause
     }
 }
+
+/// The gfns of a piece that are in one block of one region, or in one block and in no region.
+struct Share<'s, 'g, W> {
+    gfns: &'g [u64],
+    place: Option<Place<'s, W>>,
+}
+
+/// A block of a region, and the leaves of its pages.
+struct Place<'s, W> {
+    no: BlockNo,
+    bank: &'s Bank,
+    block: &'s Mutex<Block>,
+    leaves: Result<LeafTable<'s, W>, WalkError>,
+}
+
+/// One step of a request, and what it works with.
+///
+/// The table of regions stays as it is while a step lives, so whether a page may be mapped does not change under it. Leaf
+/// tables are looked up once a step and without a lock: a guest frees none while a request of its own is not answered, and
+/// one that does all the same has words of its own memory changed.
+struct Serving<'s, S: TableSpace> {
+    pinner: &'s Pinner<S>,
+    dtt: Dtt,
+    mem: &'s Memory<S>,
+    regions: &'s Regions,
+    /// The region that was looked up last.
+    bank: Option<&'s Bank>,
+    walker: Walker<'s, Memory<S>>,
+    times: Times<'s>,
+    tally: Tally<'s>,
+}
+
+type Words<S> = <Memory<S> as TableMemory>::U32;
 
 impl<S: TableSpace> Pinner<S> {
     /// Begins to serve the request that was taken from a slot. `taken` is when its doorbell was seen: the request's time
@@ -143,21 +189,29 @@ impl<S: TableSpace> Pinner<S> {
             return Step::Done(PinResult::Refused(Refusal::NotActive));
         };
         let now = clock.now();
-        let times = Times {
-            clock,
-            pause: now.saturating_add(self.config.step_time),
-            end: request.taken.saturating_add(self.config.request_time),
-        };
-        if times.is_over() {
+        let end = request.taken.saturating_add(self.config.request_time);
+        if now >= end {
             return Step::Done(PinResult::TimedOut);
         }
+        let times = Times { clock, now: Cell::new(now), pause: now.saturating_add(self.config.step_time), end };
         let may_wait = request.waits && now < request.taken.saturating_add(self.config.absent_time);
+        let regions = self.regions.read();
         let view = self.space.view();
         if let Err(refusal) = request.read_piece(&*view, &self.config.endpoints, scratch) {
-            let is_away = matches!(refusal, Refusal::Unreadable(_)) && self.regions.read().any_absent();
+            let is_away = matches!(refusal, Refusal::Unreadable(_)) && regions.any_absent();
             return if may_wait && is_away { Step::Wait } else { Step::Done(PinResult::Refused(refusal)) };
         }
-        let piece = self.pin_piece(request, scratch.piece(), dtt, &view, times);
+        let mut serving = Serving {
+            pinner: self,
+            dtt,
+            mem: &*view,
+            regions: &regions,
+            bank: None,
+            walker: Walker::new(dtt, &*view),
+            times,
+            tally: Tally::new(self),
+        };
+        let piece = serving.pin_piece(&mut request.made_room, scratch.piece());
         if piece.absent > 0 && may_wait && !piece.timed_out {
             // The same again: pages that are pinned by now cost little then.
             request.keep_piece(scratch, 0);
@@ -173,178 +227,277 @@ impl<S: TableSpace> Pinner<S> {
             (false, true, _) => Step::Done(PinResult::Failed),
         }
     }
+}
 
+impl<'s, S: TableSpace> Serving<'s, S> {
     /// Pins the pages of a sorted piece, until its end or a time's.
-    fn pin_piece(&self, request: &mut PinRequest, gfns: &[u64], dtt: Dtt, mem: &Memory<S>, times: Times<'_>) -> Piece {
+    fn pin_piece(&mut self, made_room: &mut bool, mut rest: &[u64]) -> Piece {
         let mut piece = Piece::default();
-        for same_block in gfns.chunk_by(|a, b| a / BLOCK_PAGES as u64 == b / BLOCK_PAGES as u64) {
-            if piece.served > 0 && times.is_pause() {
-                break;
-            }
-            piece.served += same_block.len();
-            let Some((no, wanted)) = block_and_pages(same_block) else {
-                piece.failed += same_block.len() as u64;
-                continue;
-            };
-            let mut outcome = self.pin_block(no, wanted, dtt, mem, times);
-            if !outcome.short.is_empty() && !request.made_room && !outcome.timed_out {
-                request.made_room = true;
-                let need = Need { pages: outcome.short.len(), mappings: outcome.short.runs().count() as u64 };
-                if self.make_room(need, dtt, mem, &|| times.is_over()) {
-                    let again = self.pin_block(no, outcome.short, dtt, mem, times);
-                    outcome.failed |= again.failed;
-                    outcome.absent |= again.absent;
-                    outcome.short = again.short;
-                    outcome.timed_out = again.timed_out;
+        while !rest.is_empty() {
+            let shares: [_; BLOCKS_AHEAD] = std::array::from_fn(|_| {
+                let (share, after) = self.next_share(rest)?;
+                rest = after;
+                Some(share)
+            });
+            for share in shares.into_iter().flatten() {
+                if piece.served > 0 && self.times.is_pause() {
+                    return piece;
                 }
-            }
-            piece.failed += (outcome.failed | outcome.short).len();
-            piece.absent += outcome.absent.len();
-            if outcome.timed_out {
-                piece.timed_out = true;
-                break;
+                piece.served += share.gfns.len();
+                match self.pin_share_with_room(&share, made_room) {
+                    Outcome::Pinned => {}
+                    Outcome::Failed(failed) => piece.failed += failed,
+                    Outcome::Short { failed, short } => piece.failed += failed + short.pages,
+                    Outcome::Absent { absent, failed } => {
+                        piece.absent += absent;
+                        piece.failed += failed;
+                    }
+                    Outcome::TimedOut => {
+                        piece.timed_out = true;
+                        return piece;
+                    }
+                }
             }
         }
         piece
     }
 
-    /// Pins the wanted pages of one block.
-    fn pin_block(&self, no: BlockNo, wanted: PageSet, dtt: Dtt, mem: &Memory<S>, times: Times<'_>) -> Outcome {
-        // Books are made for blocks with RAM only.
-        let has_ram = self.regions.read().touches(&no.gfns());
-        let chunk = if has_ram { Some(self.map.chunk_or_new(no)) } else { self.map.chunk(no) };
-        let Some(chunk) = chunk else {
-            return self.without_ram(no, wanted);
+    /// Cuts the first share off some sorted gfns.
+    fn next_share<'g>(&mut self, gfns: &'g [u64]) -> Option<(Share<'s, 'g, Words<S>>, &'g [u64])> {
+        let &first = gfns.first()?;
+        let block_end = (first | (BLOCK_PAGES as u64 - 1)).saturating_add(1);
+        if !self.bank.is_some_and(|bank| bank.region.gfns().contains(&first)) {
+            self.bank = self.regions.find(first);
+        }
+        let region_end = match self.bank {
+            Some(bank) => bank.region.gfns().end,
+            None => self.regions.next_start(first).unwrap_or(u64::MAX),
         };
-        let mut block = chunk.lock(no);
-        let table = match dtt.leaf_table(mem, no.gfn(0)) {
+        let end = block_end.min(region_end);
+        let len = gfns.iter().take_while(|&&gfn| gfn < end).count();
+        let (gfns, rest) = gfns.split_at(len.max(1));
+        Some((Share { gfns, place: self.place(first) }, rest))
+    }
+
+    /// The block and the leaves of a page of the last region looked up.
+    fn place(&mut self, first: u64) -> Option<Place<'s, Words<S>>> {
+        let bank = self.bank?;
+        let block = bank.books.block(first)?;
+        let gfn = Gfn::new(first)?;
+        let leaves = self.walker.leaf_table(gfn);
+        if let Ok(table) = leaves {
+            // Nothing is decided by it: it is on its way into the cache while the others are looked up.
+            std::hint::black_box(table.leaf(gfn).load());
+        }
+        Some(Place { no: BlockNo::of(gfn), bank, block, leaves })
+    }
+
+    /// Pins a share; if there is no room, makes some, once a request, and tries again.
+    fn pin_share_with_room(&mut self, share: &Share<'s, '_, Words<S>>, made_room: &mut bool) -> Outcome {
+        let outcome = self.pin_share(share);
+        let Outcome::Short { short, .. } = outcome else { return outcome };
+        if std::mem::replace(made_room, true) {
+            return outcome;
+        }
+        self.tally.settle();
+        let is_over = || self.times.is_over();
+        if !self.pinner.make_room(short, self.dtt, self.mem, self.regions, &is_over) {
+            return outcome;
+        }
+        self.pin_share(share)
+    }
+
+    fn pin_share(&mut self, share: &Share<'s, '_, Words<S>>) -> Outcome {
+        let Some(place) = &share.place else {
+            return self.without_ram(share.gfns);
+        };
+        let mut block = place.block.lock();
+        let table = match place.leaves {
             Ok(table) => table,
-            Err(WalkError::Unreadable(_)) if self.regions.read().any_absent() => {
-                return Outcome { absent: wanted, ..Outcome::default() };
+            Err(WalkError::Unreadable(_)) if self.regions.any_absent() => {
+                return Outcome::Absent { absent: share.gfns.len() as u64, failed: 0 };
             }
-            Err(_) => {
-                return Outcome { failed: wanted, ..Outcome::default() };
-            }
+            Err(_) => return Outcome::Failed(share.gfns.len() as u64),
         };
-        let before = block.mapped();
-        let mut outcome = self.map_pages(no, &mut block, wanted - before);
-        let new = block.mapped() - before;
-        if times.is_over() {
+        let before = *block.mapped();
+        let outcome = self.map_missing(place, &mut block, share.gfns);
+        if self.times.is_over() {
             // The table may be somebody else's by now. What cannot be unmapped stays in the pin map, as it must.
-            let _unmapped = self.unmap_extents(no, &mut block, new);
-            outcome.timed_out = true;
-            return outcome;
+            let new = *block.mapped() - before;
+            let _unmapped = self.pinner.unmap_extents(place.no, &mut block, new);
+            return Outcome::TimedOut;
         }
-        for page in (new | (wanted & before)).pages() {
-            let leaf = table.leaf(no.gfn(page));
-            if !leaf.is_pinned() {
-                leaf.set_pinned();
+        let speculates = matches!(self.pinner.config.policy.extent, ExtentPolicy::Aligned(_));
+        if speculates {
+            for page in (*block.mapped() - before).pages() {
+                table.leaf(place.no.gfn(page)).set_pinned();
             }
+        }
+        for run in runs(share.gfns) {
+            set_pinned(table, place.no, run, &before, block.mapped(), speculates);
         }
         outcome
     }
 
-    /// What becomes of pages of a block that has no RAM and no books.
-    fn without_ram(&self, no: BlockNo, wanted: PageSet) -> Outcome {
-        let regions = self.regions.read();
-        let mut absent = PageSet::EMPTY;
-        for page in wanted.pages().filter(|&page| regions.is_absent(no.gfn(page))) {
-            absent.insert_page(page);
-        }
-        Outcome { failed: wanted - absent, absent, ..Outcome::default() }
+    /// What becomes of pages that are in no region.
+    fn without_ram(&self, gfns: &[u64]) -> Outcome {
+        let absent = gfns.iter().filter(|&&gfn| self.regions.is_absent(gfn)).count() as u64;
+        Outcome::Absent { absent, failed: gfns.len() as u64 - absent }
     }
 
-    /// Maps the pages of a block that are not mapped, extent by extent. One that fails does not spoil the others.
-    fn map_pages(&self, no: BlockNo, block: &mut Block, mut missing: PageSet) -> Outcome {
-        let mut outcome = Outcome::default();
-        if missing.is_empty() {
-            return outcome;
-        }
-        let regions = self.regions.read();
-        let held = self.holds.pages_of(no);
-        outcome.failed = missing & held;
-        missing -= held;
-        while let Some(page) = missing.first_from(0) {
-            let Some(region) = regions.find(no.gfn(page)) else {
-                let to = if regions.is_absent(no.gfn(page)) { &mut outcome.absent } else { &mut outcome.failed };
-                to.insert_page(page);
-                missing -= PageSet::range(page..page + 1);
-                continue;
-            };
-            let free = no.pages_in(&region.gfns()) - block.mapped() - held;
-            let run = match self.config.policy.extent {
-                ExtentPolicy::Page => page..page + 1,
-                _ => (missing & free).run_around(page),
-            };
-            match self.map_run(no, block, page, run.clone(), free, region) {
-                Ok(()) => missing -= block.mapped(),
-                Err(error) if error.is_shortage() => {
-                    let here = missing & no.pages_in(&region.gfns());
-                    outcome.short |= here;
-                    missing -= here;
-                }
-                Err(_) => {
-                    self.map_singly(no, block, run.clone(), region, &mut outcome);
-                    missing -= PageSet::range(run);
+    /// Maps those pages of a share that are not mapped. One that fails does not spoil the others.
+    fn map_missing(&mut self, place: &Place<'s, Words<S>>, block: &mut Block, gfns: &[u64]) -> Outcome {
+        let held = self.pinner.holds.pages_of(place.no);
+        let mut mapping = Mapping { place, held: &held, failed: PageSet::EMPTY, is_short: false };
+        for run in runs(gfns) {
+            let mut at = run.start;
+            while let Some(gap) = block.mapped().gap_in(at..run.end) {
+                at = gap.end;
+                if held.is_empty() {
+                    self.map_gap(&mut mapping, block, gap);
+                } else {
+                    let free = PageSet::range(gap) - held;
+                    free.runs().for_each(|gap| self.map_gap(&mut mapping, block, gap));
                 }
             }
         }
-        // A page that failed by itself may have come along with another's aligned piece.
-        outcome.failed -= block.mapped();
-        outcome.short -= block.mapped();
-        outcome
+        let Mapping { failed, is_short, .. } = mapping;
+        if held.is_empty() && failed.is_empty() && !is_short {
+            return Outcome::Pinned;
+        }
+        self.what_is_missing(block, gfns, is_short, failed | held)
+    }
+
+    /// Counts the pages of a share that are not mapped, after something went wrong.
+    fn what_is_missing(&self, block: &Block, gfns: &[u64], is_short: bool, failed: PageSet) -> Outcome {
+        let mut wanted = PageSet::EMPTY;
+        runs(gfns).for_each(|run| wanted.insert(run));
+        let missing = wanted - *block.mapped();
+        let short = if is_short { missing - failed } else { PageSet::EMPTY };
+        let failed = (missing - short).len();
+        if short.is_empty() {
+            return if failed == 0 { Outcome::Pinned } else { Outcome::Failed(failed) };
+        }
+        let pages = short.len();
+        let mappings = match self.pinner.config.policy.extent {
+            ExtentPolicy::Page => pages,
+            ExtentPolicy::Run | ExtentPolicy::Aligned(_) => short.runs().count() as u64,
+        };
+        Outcome::Short { failed, short: Need { pages, mappings } }
+    }
+
+    /// Maps adjacent pages that are not mapped and not held, in extents as the policy says.
+    fn map_gap(&mut self, mapping: &mut Mapping<'_, 's, Words<S>>, block: &mut Block, gap: Range<usize>) {
+        let mut at = gap.start;
+        while let Some(left) = block.mapped().gap_in(at..gap.end) {
+            if mapping.is_short {
+                return;
+            }
+            let tried = match self.pinner.config.policy.extent {
+                ExtentPolicy::Page => left.start..left.start + 1,
+                ExtentPolicy::Run => left,
+                ExtentPolicy::Aligned(size) => {
+                    if self.map_around(mapping, block, left.start, size.pages()) {
+                        continue;
+                    }
+                    left
+                }
+            };
+            at = tried.end;
+            match self.map_extent(mapping, block, tried.clone()) {
+                Ok(()) => {}
+                Err(error) if error.is_shortage() => mapping.is_short = true,
+                Err(_) => self.map_singly(mapping, block, tried),
+            }
+        }
+    }
+
+    /// Maps the aligned piece of so many pages around a page, as far as it is free; false if that cannot be.
+    fn map_around(
+        &mut self,
+        mapping: &Mapping<'_, 's, Words<S>>,
+        block: &mut Block,
+        page: usize,
+        pages: usize,
+    ) -> bool {
+        let start = page - page % pages;
+        let ram = mapping.place.no.pages_in(&mapping.place.bank.region.gfns());
+        let free = (ram - *block.mapped() - *mapping.held) & PageSet::range(start..start + pages);
+        self.map_extent(mapping, block, free.run_around(page)).is_ok()
     }
 
     /// Maps the pages of a run that cannot be mapped together, as only one of them may be bad.
-    fn map_singly(&self, no: BlockNo, block: &mut Block, run: Range<usize>, region: &RamRegion, outcome: &mut Outcome) {
+    fn map_singly(&mut self, mapping: &mut Mapping<'_, 's, Words<S>>, block: &mut Block, run: Range<usize>) {
         if run.len() == 1 {
-            outcome.failed.insert(run);
+            mapping.failed.insert(run);
             return;
         }
-        for page in run.clone() {
-            match self.map_extent(no, block, page..page + 1, region) {
+        for page in run {
+            match self.map_extent(mapping, block, page..page + 1) {
                 Ok(()) => {}
                 Err(error) if error.is_shortage() => {
-                    outcome.short.insert(page..run.end);
+                    mapping.is_short = true;
                     return;
                 }
-                Err(_) => outcome.failed.insert_page(page),
+                Err(_) => mapping.failed.insert_page(page),
             }
         }
     }
 
-    /// Maps what the policy says for the run of missing pages that begins with `page`: all of the run, or the first extent
-    /// of it.
-    fn map_run(
-        &self,
-        no: BlockNo,
+    fn map_extent(
+        &mut self,
+        mapping: &Mapping<'_, 's, Words<S>>,
         block: &mut Block,
-        page: usize,
-        run: Range<usize>,
-        free: PageSet,
-        region: &RamRegion,
+        pages: Range<usize>,
     ) -> Result<(), MapError> {
-        match self.config.policy.extent {
-            ExtentPolicy::Page | ExtentPolicy::Run => self.map_extent(no, block, run, region),
-            ExtentPolicy::Aligned(size) => {
-                let pages = usize::try_from(size.bytes() / coiommu_dtt::PAGE_SIZE).unwrap_or(BLOCK_PAGES);
-                let start = page - page % pages;
-                let around = (free & PageSet::range(start..start + pages)).run_around(page);
-                match self.map_extent(no, block, around.clone(), region) {
-                    Err(_) if around != run => self.map_extent(no, block, run, region),
-                    result => result,
-                }
-            }
-        }
+        let region: &RamRegion = &mapping.place.bank.region;
+        self.pinner.map_extent(mapping.place.no, block, pages, region, &mut self.tally)
     }
 }
 
-/// The block of some gfns, which are all in the same, and their pages in it; `None` if no address is there.
-fn block_and_pages(gfns: &[u64]) -> Option<(BlockNo, PageSet)> {
-    let no = BlockNo::of(Gfn::new(*gfns.first()?)?);
-    let mut pages = PageSet::EMPTY;
-    for &gfn in gfns {
-        pages.insert_page(BlockNo::index(Gfn::new(gfn)?));
+/// The mapping of a share's missing pages while it is under way.
+struct Mapping<'a, 's, W> {
+    place: &'a Place<'s, W>,
+    held: &'a PageSet,
+    /// Pages that cannot be mapped, whatever room there is.
+    failed: PageSet,
+    /// There is no room: nothing more is tried.
+    is_short: bool,
+}
+
+/// The runs of adjacent pages among sorted gfns of one block, as indexes in the block.
+fn runs(gfns: &[u64]) -> impl Iterator<Item = Range<usize>> {
+    let mut rest = gfns;
+    std::iter::from_fn(move || {
+        let (&first, &last) = (rest.first()?, rest.last()?);
+        let whole = last - first == rest.len() as u64 - 1;
+        let len =
+            if whole { rest.len() } else { rest.iter().zip(first..).take_while(|&(&gfn, next)| gfn == next).count() };
+        rest = rest.get(len..).unwrap_or_default();
+        let start = BlockNo::index(first);
+        Some(start..start + len)
+    })
+}
+
+/// Sets PINNED on those pages of a run that are mapped. Where a page was mapped before, or got its PINNED with others, it
+/// mostly says so already, and a look is cheaper than a write.
+fn set_pinned<W: coiommu_dtt::memory::Word32>(
+    table: LeafTable<'_, W>,
+    no: BlockNo,
+    run: Range<usize>,
+    before: &PageSet,
+    mapped: &PageSet,
+    look_first: bool,
+) {
+    let first = no.gfn(run.start).leaf_index();
+    let leaves = table.words().get(first..first + run.len()).unwrap_or_default().iter().map(Leaf::new);
+    if !look_first && before.gap_in(run.clone()) == Some(run.clone()) && mapped.contains_all(run.clone()) {
+        leaves.for_each(Leaf::set_pinned);
+        return;
     }
-    Some((no, pages))
+    for (leaf, page) in leaves.zip(run) {
+        if mapped.contains(page) && !leaf.is_pinned() {
+            leaf.set_pinned();
+        }
+    }
 }

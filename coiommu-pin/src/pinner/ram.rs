@@ -1,16 +1,17 @@
 //! RAM that comes and goes: hotplug, and firmware that moves it.
 
-use std::ops::Range;
-use std::sync::Arc;
+use std::ops::{ControlFlow, Range};
 use std::sync::atomic::Ordering::Relaxed;
 
 use coiommu_dtt::{Dtt, Gfn, Gpa, PAGE_SIZE};
 
 use super::Pinner;
+use super::mapping::Tally;
 use super::unpin::Leaves;
 use crate::page_set::PageSet;
-use crate::pin_map::{Block, BlockNo};
-use crate::region::{AbsentRegion, RamRegion, RegionError};
+use crate::pin_map::BlockNo;
+use crate::region::{RamRegion, RegionError};
+use crate::region_table::{AbsentRegion, Bank, intersection};
 use crate::space::{Memory, TableSpace};
 
 impl<S: TableSpace> Pinner<S> {
@@ -29,18 +30,20 @@ impl<S: TableSpace> Pinner<S> {
         if !limits.iova_ranges.iter().any(|range| range.contains(&gpa.raw()) && range.contains(&last)) {
             return Err(RegionError::OutsideIommu { gpa, bytes });
         }
-        if self.regions.read().touches(&gfns) {
+        if self.regions.read().touching(&gfns).next().is_some() {
             return Err(RegionError::Overlaps { gpa, bytes });
         }
         // What could not be unmapped when the RAM here went is other memory: not before it is out.
-        let stuck = self.unmap_absent(&gfns);
+        let leaving = self.regions.read().leaving().map(|bank| bank.region.gfns()).collect::<Vec<_>>();
+        let stuck =
+            leaving.iter().filter(|old| intersection(old, &gfns).is_some()).map(|old| self.clear_out(old)).sum();
         if stuck > 0 {
             return Err(RegionError::Stuck { gpa, pages: stuck });
         }
         self.region_changes.fetch_add(1, Relaxed);
-        let region = Arc::new(region);
-        let returning = self.regions.write().add(Arc::clone(&region));
-        let lost: Vec<_> = returning.iter().flat_map(|absent| self.bring_back(absent, &region)).collect();
+        let bank = Bank::new(region);
+        let returning = self.regions.write().add(bank.clone());
+        let lost: Vec<_> = returning.iter().flat_map(|absent| self.bring_back(absent, &bank)).collect();
         let pages: u64 = lost.iter().map(|run| run.end - run.start).sum();
         if pages > 0 {
             self.counts.pages_lost.add(pages);
@@ -63,11 +66,11 @@ impl<S: TableSpace> Pinner<S> {
         let first = gpa.raw() / PAGE_SIZE;
         let gfns = first..first.saturating_add(bytes / PAGE_SIZE);
         let exact = gpa.is_page_aligned() && bytes.is_multiple_of(PAGE_SIZE);
-        // From here on nothing new is mapped; who is at it now holds a block's lock, which is waited for below.
+        // Who is mapping still has the table of regions to read, and is waited for here. From here on nothing new is mapped.
         let removed = if exact { self.regions.write().remove(&gfns) } else { None };
         let forgotten = removed.ok_or(RegionError::Unknown { gpa, bytes })?;
         self.region_changes.fetch_add(1, Relaxed);
-        let stuck = self.unmap_absent(&gfns);
+        let stuck = self.clear_out(&gfns);
         self.clear_stale(forgotten);
         if stuck > 0 {
             log::error!("{stuck} pages of the RAM at {gpa} cannot be unmapped; its memory is kept");
@@ -76,28 +79,25 @@ impl<S: TableSpace> Pinner<S> {
         Ok(())
     }
 
-    /// Unmaps what is mapped in a range of regions that went, and remembers it; how many pages would not go.
-    fn unmap_absent(&self, gfns: &Range<u64>) -> u64 {
+    /// Unmaps what is mapped of a region that went, and remembers it; how many pages would not go.
+    fn clear_out(&self, gfns: &Range<u64>) -> u64 {
         let (mut gone, mut stuck) = (Vec::new(), 0);
-        let Some(first) = Gfn::new(gfns.start) else {
-            return stuck;
-        };
-        for (no, chunk) in self.map.blocks(BlockNo::of(first)).take_while(|(no, _)| no.gfns().start < gfns.end) {
-            let mut block = chunk.lock(no);
-            let going = block.mapped() & no.pages_in(gfns);
-            if going.is_empty() {
-                continue;
+        let _: ControlFlow<()> = self.visit(gfns.start, |spot| {
+            if spot.first >= gfns.end {
+                return ControlFlow::Break(());
             }
-            let extents = block.extents();
-            let refused = self.unmap_extents(no, &mut block, going).refused;
+            let mut block = spot.block.lock();
+            let (going, extents) = (*block.mapped(), block.extents());
+            let refused = self.unmap_extents(spot.no, &mut block, going).refused;
             stuck += refused.len();
-            let start = no.gfns().start;
+            let start = spot.no.gfns().start;
             gone.extend(
                 extents
-                    .filter(|extent| (going - refused).contains(extent.start))
+                    .filter(|extent| !refused.contains(extent.start))
                     .map(|extent| start + extent.start as u64..start + extent.end as u64),
             );
-        }
+            ControlFlow::Continue(())
+        });
         let mut regions = self.regions.write();
         regions.remember(gone);
         if stuck == 0 {
@@ -108,32 +108,28 @@ impl<S: TableSpace> Pinner<S> {
 
     /// Maps again what was mapped in a region that went, if it is the same memory. What is lost, as runs of gfns in one block
     /// each: its PINNED is to be cleared.
-    fn bring_back(&self, absent: &AbsentRegion, region: &RamRegion) -> Vec<Range<u64>> {
-        let same = absent.identity.is_some() && absent.identity == region.file_identity();
+    fn bring_back(&self, absent: &AbsentRegion, bank: &Bank) -> Vec<Range<u64>> {
+        let same = absent.identity.is_some() && absent.identity == bank.region.file_identity();
+        let mut tally = Tally::new(self);
         let mut all_lost = Vec::new();
         for extent in &absent.extents {
-            let Some(no) = Gfn::new(extent.start).map(BlockNo::of) else { continue };
-            let chunk = self.map.chunk_or_new(no);
-            let mut block = chunk.lock(no);
+            let Some((no, block)) = Gfn::new(extent.start).map(BlockNo::of).zip(bank.books.block(extent.start)) else {
+                continue;
+            };
+            let mut block = block.lock();
             // A pin that came first has mapped what it needed. No hold has any of these pages: a forced unpin counts them
             // as busy, and begins again if they come back meanwhile.
-            let missing = no.pages_in(extent) - block.mapped();
-            let lost = if same { self.map_again(no, &mut block, missing, region) } else { missing };
+            let mut lost = no.pages_in(extent) - *block.mapped();
+            if same {
+                let missing = lost;
+                let is_back =
+                    |run: &Range<usize>| self.map_extent(no, &mut block, run.clone(), &bank.region, &mut tally).is_ok();
+                missing.runs().filter(is_back).for_each(|run| lost -= PageSet::range(run));
+            }
             let start = no.gfns().start;
             all_lost.extend(lost.runs().map(|run| start + run.start as u64..start + run.end as u64));
         }
         all_lost
-    }
-
-    /// Maps pages again; those that cannot be.
-    fn map_again(&self, no: BlockNo, block: &mut Block, missing: PageSet, region: &RamRegion) -> PageSet {
-        let mut lost = PageSet::EMPTY;
-        for run in missing.runs() {
-            if self.map_extent(no, block, run.clone(), region).is_err() {
-                lost.insert(run);
-            }
-        }
-        lost
     }
 
     /// Clears PINNED on pages whose mappings are forgotten, and on those where it could not be done before because their
@@ -170,12 +166,19 @@ impl<S: TableSpace> Pinner<S> {
         let Some(no) = Gfn::new(range.start).map(BlockNo::of) else {
             return true;
         };
-        // Something was mapped there once, so there are books.
-        let Some(chunk) = self.map.chunk(no) else { return true };
-        let block = chunk.lock(no);
-        let pages = no.pages_in(range) - block.mapped();
         let leaves = Leaves::find(no, dtt, mem);
-        leaves.clear_pinned(pages);
+        let regions = self.regions.read();
+        let mut rest = no.pages_in(range);
+        for bank in regions.touching(range) {
+            let here = rest & no.pages_in(&bank.region.gfns());
+            rest -= here;
+            if let Some(block) = here.first_from(0).and_then(|page| bank.books.block(no.gfn(page).raw())) {
+                let block = block.lock();
+                leaves.clear_pinned(here - *block.mapped());
+            }
+        }
+        // Where there is no RAM, nothing is mapped, and nobody sets PINNED.
+        leaves.clear_pinned(rest);
         !leaves.are_away()
     }
 }

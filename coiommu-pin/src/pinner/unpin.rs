@@ -1,6 +1,6 @@
 //! Taking extents back: of one block, tick by tick, and to make room.
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::atomic::Ordering::Relaxed;
 
 use coiommu_dtt::memory::Word32;
@@ -9,8 +9,9 @@ use coiommu_dtt::{Dtt, Leaf, LeafEntry, LeafTable, TableMemory};
 
 use super::Pinner;
 use crate::page_set::{BLOCK_PAGES, PageSet, WORD_PAGES};
-use crate::pin_map::{Block, BlockNo, Chunk};
+use crate::pin_map::{self, Block, BlockNo, Spot};
 use crate::policy::Policy;
+use crate::region_table::Regions;
 use crate::space::{Memory, TableSpace};
 
 /// Which extents of a block are to go.
@@ -71,6 +72,26 @@ pub(super) struct Need {
     pub(super) mappings: u64,
 }
 
+/// The room that was made.
+#[derive(Debug, Default)]
+struct Room {
+    pages: u64,
+    mappings: u64,
+    any_uncounted: bool,
+}
+
+impl Room {
+    fn add(&mut self, unpinned: Unpinned) {
+        self.pages += unpinned.pages;
+        self.mappings += unpinned.extents;
+        self.any_uncounted |= unpinned.any_uncounted;
+    }
+
+    const fn is_enough(&self, need: Need) -> bool {
+        self.pages >= need.pages && self.mappings >= need.mappings
+    }
+}
+
 /// What one tick did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -95,12 +116,12 @@ impl<S: TableSpace> Pinner<S> {
         let start = *self.hand.lock();
         let mut report = TickReport::default();
         // To the end, then from the beginning to where it started.
-        if let Some(at) = self.sweep(start, None, budget, &mut report) {
+        if let Some(at) = self.sweep(start, u64::MAX, budget, &mut report) {
             *self.hand.lock() = at;
             return report;
         }
         self.round.fetch_add(1, Relaxed);
-        let stopped = self.sweep(BlockNo::FIRST, Some(start), budget, &mut report);
+        let stopped = self.sweep(0, start, budget, &mut report);
         report.full_round = stopped.is_none() && report.passed_over == 0;
         *self.hand.lock() = stopped.unwrap_or(start);
         report
@@ -112,97 +133,109 @@ impl<S: TableSpace> Pinner<S> {
         self.round.fetch_add(rounds, Relaxed);
     }
 
-    /// Ticks over the blocks of a range; where it stopped, if not at the end: the budget ended, or there is no unpinning
-    /// now.
-    fn sweep(
-        &self,
-        from: BlockNo,
-        to: Option<BlockNo>,
-        budget: Option<u64>,
-        report: &mut TickReport,
-    ) -> Option<BlockNo> {
-        for (no, chunk) in self.map.blocks(from) {
-            if to.is_some_and(|to| no >= to) {
-                break;
+    /// Ticks over the blocks that begin in a range of gfns; where it stopped, if not at the end: the budget ended, or there
+    /// is no unpinning now.
+    fn sweep(&self, from: u64, to: u64, budget: Option<u64>, report: &mut TickReport) -> Option<u64> {
+        let stopped = self.visit(from, |spot| {
+            if spot.first >= to {
+                return ControlFlow::Break(None);
             }
-            let limit = Limit {
-                pages: budget.map(|budget| budget.saturating_sub(report.unpinned_pages)),
-                first_may_pass: report.unpinned_pages == 0,
-            };
-            let activation = self.activation.read();
-            let Some(dtt) = activation.dtt.filter(|_| limit.pages != Some(0)) else {
-                return Some(no);
-            };
-            let work = |block: &mut Block| {
-                if is_resting(&self.config.policy, block.changed(), self.round()) {
-                    return Unpinned { resting: !block.mapped().is_empty(), ..Unpinned::default() };
-                }
-                self.unpin_block(no, block, Ask::Idle, limit, dtt, &self.space.view())
-            };
-            match self.try_block(no, &chunk, work) {
-                Ok(unpinned) => {
-                    self.counts.pages_unpinned_idle.add(unpinned.pages);
-                    report.unpinned_pages += unpinned.pages;
-                    report.aged_pages += unpinned.aged;
-                    report.resting += u64::from(unpinned.resting);
-                    if unpinned.limit_ended {
-                        return Some(no);
-                    }
-                }
-                Err(NotNow::Busy) => report.passed_over += 1,
-                Err(NotNow::Parked) => return Some(no),
+            if self.tick_block(spot, budget, report) {
+                ControlFlow::Continue(())
+            } else {
+                ControlFlow::Break(Some(spot.first))
             }
+        });
+        stopped.break_value().flatten()
+    }
+
+    /// Ticks over one block; false if there it ends.
+    fn tick_block(&self, spot: Spot<'_>, budget: Option<u64>, report: &mut TickReport) -> bool {
+        let limit = Limit {
+            pages: budget.map(|budget| budget.saturating_sub(report.unpinned_pages)),
+            first_may_pass: report.unpinned_pages == 0,
+        };
+        let activation = self.activation.read();
+        let Some(dtt) = activation.dtt.filter(|_| limit.pages != Some(0)) else {
+            return false;
+        };
+        let work = |block: &mut Block| {
+            if is_resting(&self.config.policy, block.changed(), self.round()) {
+                return Unpinned { resting: !block.mapped().is_empty(), ..Unpinned::default() };
+            }
+            self.unpin_block(spot.no, block, Ask::Idle, limit, dtt, &self.space.view())
+        };
+        match self.try_block(spot, work) {
+            Ok(unpinned) => {
+                self.counts.pages_unpinned_idle.add(unpinned.pages);
+                report.unpinned_pages += unpinned.pages;
+                report.aged_pages += unpinned.aged;
+                report.resting += u64::from(unpinned.resting);
+                !unpinned.limit_ended
+            }
+            Err(NotNow::Busy) => {
+                report.passed_over += 1;
+                true
+            }
+            Err(NotNow::Parked) => false,
         }
-        None
     }
 
     /// Frees idle extents until there is room, and at least 1/64 of the mappings: first those that were not accessed
     /// since they aged. Goes on where it ended the last time. Called with no block locked. Whether anything was freed.
-    pub(super) fn make_room(&self, need: Need, dtt: Dtt, mem: &Memory<S>, is_over: &dyn Fn() -> bool) -> bool {
+    pub(super) fn make_room(
+        &self,
+        need: Need,
+        dtt: Dtt,
+        mem: &Memory<S>,
+        regions: &Regions,
+        is_over: &dyn Fn() -> bool,
+    ) -> bool {
         self.counts.reclaims.add(1);
-        let mappings = need.mappings.max(self.map.mappings() / 64);
+        let need = Need { mappings: need.mappings.max(self.totals.mappings() / 64), ..need };
         let start = *self.room_hand.lock();
-        let (mut freed_pages, mut freed_mappings) = (0, 0);
-        let mut any_uncounted = false;
+        let mut room = Room::default();
         for ask in [Ask::IdleOnly, Ask::Uncounted] {
-            let before = self.map.blocks(BlockNo::FIRST).take_while(|(no, _)| *no < start);
-            for (no, chunk) in self.map.blocks(start).chain(before) {
-                let enough = freed_pages >= need.pages && freed_mappings >= mappings;
-                if enough || is_over() {
-                    *self.room_hand.lock() = no;
-                    return freed_pages > 0;
-                }
-                match self.try_block(no, &chunk, |block| self.unpin_block(no, block, ask, Limit::NONE, dtt, mem)) {
-                    Ok(unpinned) => {
-                        self.counts.pages_unpinned_for_room.add(unpinned.pages);
-                        freed_pages += unpinned.pages;
-                        freed_mappings += unpinned.extents;
-                        any_uncounted |= unpinned.any_uncounted;
+            for part in [start..u64::MAX, 0..start] {
+                let next_books = |gfn| regions.next_books(gfn);
+                let stopped = pin_map::visit(part.start, next_books, |spot| {
+                    if spot.first >= part.end {
+                        return ControlFlow::Break(false);
                     }
-                    Err(NotNow::Busy) => {}
-                    Err(NotNow::Parked) => return freed_pages > 0,
+                    if room.is_enough(need) || is_over() {
+                        *self.room_hand.lock() = spot.first;
+                        return ControlFlow::Break(true);
+                    }
+                    let work = |block: &mut Block| self.unpin_block(spot.no, block, ask, Limit::NONE, dtt, mem);
+                    match self.try_block(spot, work) {
+                        Ok(unpinned) => {
+                            self.counts.pages_unpinned_for_room.add(unpinned.pages);
+                            room.add(unpinned);
+                        }
+                        Err(NotNow::Busy) => {}
+                        Err(NotNow::Parked) => return ControlFlow::Break(true),
+                    }
+                    ControlFlow::Continue(())
+                });
+                if stopped == ControlFlow::Break(true) {
+                    return room.pages > 0;
                 }
             }
-            if !any_uncounted {
+            if !room.any_uncounted {
                 // Everything is in use: a second pass would find no more.
                 break;
             }
         }
-        freed_pages > 0
+        room.pages > 0
     }
 
     /// Works on one block under the park guard and the block's lock, which is only tried.
-    pub(super) fn try_block<T>(
-        &self,
-        no: BlockNo,
-        chunk: &Chunk,
-        work: impl FnOnce(&mut Block) -> T,
-    ) -> Result<T, NotNow> {
+    pub(super) fn try_block<T>(&self, spot: Spot<'_>, work: impl FnOnce(&mut Block) -> T) -> Result<T, NotNow> {
         let parked = self.park.read();
         if *parked > 0 {
             return Err(NotNow::Parked);
         }
-        let mut block = chunk.try_lock(no).ok_or(NotNow::Busy)?;
+        let mut block = spot.block.try_lock().ok_or(NotNow::Busy)?;
         Ok(work(&mut block))
     }
 
@@ -219,7 +252,7 @@ impl<S: TableSpace> Pinner<S> {
         let mut unpinned = Unpinned::default();
         let candidates = match ask {
             Ask::Forced(pages) => block.extents_touching(pages),
-            _ => block.mapped(),
+            _ => *block.mapped(),
         };
         if candidates.is_empty() {
             return unpinned;
@@ -245,7 +278,7 @@ impl<S: TableSpace> Pinner<S> {
             unpinned.extents = unmapped.extents;
         }
         if matches!(ask, Ask::Idle) {
-            let aging = look.accessed & block.mapped();
+            let aging = look.accessed & *block.mapped();
             leaves.clear_accessed(aging);
             unpinned.aged = aging.len();
         }
@@ -255,7 +288,7 @@ impl<S: TableSpace> Pinner<S> {
     /// Takes everything of a block out of the IOMMU, whatever its users; PINNED is cleared first if a table is given. How
     /// many pages the mapper refuses to unmap.
     pub(super) fn drain_block(&self, no: BlockNo, block: &mut Block, table: Option<(Dtt, &Memory<S>)>) -> u64 {
-        let mapped = block.mapped();
+        let mapped = *block.mapped();
         if mapped.is_empty() {
             return 0;
         }
