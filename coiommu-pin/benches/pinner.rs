@@ -3,10 +3,8 @@
 
 mod bed;
 
-use std::time::{Duration, Instant};
-
-use bed::Contender;
 use bed::scenes::{self, Scene};
+use bed::stopwatch;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
 fn scenes(criterion: &mut Criterion) {
@@ -15,23 +13,12 @@ fn scenes(criterion: &mut Criterion) {
         let mut group = criterion.benchmark_group(id);
         group.throughput(Throughput::Elements(units)).sample_size(20);
         for (who, mut contender) in contenders {
-            group.bench_function(who, |bencher| bencher.iter_custom(|times| time(&mut *contender, times)));
+            group.bench_function(who, |bencher| {
+                bencher.iter_custom(|times| (0..times).map(|_| stopwatch::time(&mut *contender)).sum())
+            });
         }
         group.finish();
     }
-}
-
-/// What the work takes, so many times; making ready for it is not timed.
-fn time(contender: &mut dyn Contender, times: u64) -> Duration {
-    let mut took = Duration::ZERO;
-    for _ in 0..times {
-        contender.prepare();
-        let start = Instant::now();
-        contender.work();
-        took += start.elapsed();
-        contender.check();
-    }
-    took
 }
 
 criterion_group!(benches, scenes);

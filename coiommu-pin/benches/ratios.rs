@@ -5,9 +5,8 @@
 
 mod bed;
 
-use std::time::Instant;
-
 use bed::scenes::{self, Scene};
+use bed::stopwatch;
 
 #[derive(serde::Serialize)]
 struct Figure {
@@ -46,11 +45,7 @@ fn time(scene: &mut Scene) -> Vec<Figure> {
     let warm_up = scene.rounds.div_ceil(10);
     for round in 0..warm_up + scene.rounds {
         for ((_, contender), times) in scene.contenders.iter_mut().zip(&mut times) {
-            contender.prepare();
-            let start = Instant::now();
-            contender.work();
-            let took = start.elapsed();
-            contender.check();
+            let took = stopwatch::time(&mut **contender);
             if round >= warm_up {
                 times.push(took.as_secs_f64() * 1e9);
             }

@@ -7,6 +7,7 @@
 //! | `ours.rs` | the pinner of this crate, called as a worker calls it |
 //! | `rival.rs` | a plain pinner, page by page |
 //! | `floor.rs` | loops that do the one thing that cannot be left out |
+//! | `stopwatch.rs` | the time that the work of a contender takes |
 //! | `scenes.rs` | what is timed: each scene puts its contenders through the same work |
 #![allow(dead_code, reason = "a module of several benches, each of which uses its part")]
 
@@ -15,12 +16,12 @@ pub(crate) mod mappers;
 pub(crate) mod ours;
 pub(crate) mod rival;
 pub(crate) mod scenes;
+pub(crate) mod stopwatch;
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
-use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use coiommu_dtt::guest::{GuestDtt, TablePages, write_batch};
 use coiommu_dtt::{Bdf, Gfn, Gpa, LeafEntry, LeafTable, Levels, PAGE_SIZE, RequestWord};
@@ -34,8 +35,8 @@ pub(crate) trait Contender {
     fn prepare(&mut self);
     /// What is timed.
     fn work(&mut self);
-    /// Panics unless the work was done.
-    fn check(&self);
+    /// Panics unless the work was done, and clears up.
+    fn finish(&mut self);
 }
 
 /// The pages of a block of the pin map: 2 MiB.

@@ -192,20 +192,19 @@ impl<P> Pins<P> {
 
 impl<P: PinsBatches> Contender for Pins<P> {
     fn prepare(&mut self) {
-        self.who.empty();
-        self.set().iter().for_each(|batch| self.bed.clear(batch));
         self.at += 1;
-        self.set().iter().for_each(|batch| self.bed.clear(batch));
     }
 
     fn work(&mut self) {
         self.set().iter().for_each(|batch| self.who.pin(batch));
     }
 
-    fn check(&self) {
+    fn finish(&mut self) {
         let pages: u64 = self.set().iter().map(|batch| batch.gfns.len() as u64).sum();
         assert!(self.who.pinned().is_none_or(|pinned| pinned == pages));
         self.set().iter().for_each(|batch| self.bed.check(batch.gfns.iter().copied(), PINNED));
+        self.who.empty();
+        self.set().iter().for_each(|batch| self.bed.clear(batch));
     }
 }
 
@@ -242,7 +241,7 @@ impl Contender for TickOurs {
         self.report = self.ours.pinner.tick(None);
     }
 
-    fn check(&self) {
+    fn finish(&mut self) {
         let looked_at = self.ours.pinner.counters().leaves_looked_at - self.looked_at;
         assert_eq!(looked_at, MILLION, "every leaf is looked at");
         assert_eq!(self.ours.pinner.counters().anomalies, 0);
@@ -278,7 +277,7 @@ impl Contender for ScanRival {
         self.rival.scan();
     }
 
-    fn check(&self) {
+    fn finish(&mut self) {
         let left = if self.entry == PINNED { 0 } else { MILLION };
         assert_eq!(self.rival.pinned_pages() as u64, left);
         self.bed.check(0..MILLION, if self.entry == PINNED { 0 } else { self.entry });
@@ -300,7 +299,7 @@ impl Contender for Loads {
         black_box(self.table.load_all());
     }
 
-    fn check(&self) {}
+    fn finish(&mut self) {}
 }
 
 /// Clears PINNED in every leaf.
@@ -318,7 +317,7 @@ impl Contender for Clears {
         self.table.clear_all();
     }
 
-    fn check(&self) {
+    fn finish(&mut self) {
         self.bed.check(0..MILLION, 0);
     }
 }
