@@ -1,0 +1,146 @@
+//! What the benches stand on: a guest's memory with its table, and the three that are timed on it.
+//!
+//! | file | what is there |
+//! | --- | --- |
+//! | `mod.rs` | [`Bed`]: sparse guest memory, a table whose pages are there before anything is timed, requests |
+//! | `mappers.rs` | mappers: one that does nothing, one that pins memory through io_uring |
+//! | `ours.rs` | the pinner of this crate, called as a worker calls it |
+//! | `rival.rs` | a plain pinner, page by page |
+//! | `floor.rs` | loops that do the one thing that cannot be left out |
+//! | `stopwatch.rs` | the time that the work of a contender takes |
+//! | `scenes.rs` | what is timed: each scene puts its contenders through the same work |
+#![allow(dead_code, reason = "a module of several benches, each of which uses its part")]
+
+pub(crate) mod floor;
+pub(crate) mod mappers;
+pub(crate) mod ours;
+pub(crate) mod rival;
+pub(crate) mod scenes;
+pub(crate) mod stopwatch;
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+
+use coiommu_dtt::guest::{GuestDtt, TablePages, write_batch};
+use coiommu_dtt::{Bdf, Gfn, Gpa, LeafEntry, LeafTable, Levels, PAGE_SIZE, RequestWord};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+pub(crate) type Space = Arc<GuestMemoryMmap>;
+
+/// What is timed on a bed. Everything but [`work`](Contender::work) is untimed.
+pub(crate) trait Contender {
+    /// Makes everything as it must be before the work.
+    fn prepare(&mut self);
+    /// What is timed.
+    fn work(&mut self);
+    /// Panics unless the work was done, and clears up.
+    fn finish(&mut self);
+}
+
+/// The pages of a block of the pin map: 2 MiB.
+pub(crate) const BLOCK: u64 = 512;
+/// Entries of a leaf table.
+const LEAVES: u64 = 1024;
+/// Where the guest keeps its table and its batches, out of the way of the RAM that devices use.
+const DESK: u64 = 1 << 40;
+
+/// A guest: RAM that costs nothing until it is touched, and a table for all of it, or for a part.
+pub(crate) struct Bed {
+    pub(crate) memory: Space,
+    pub(crate) ram: Arc<GuestRegionMmap>,
+    pub(crate) guest: GuestDtt,
+    pub(crate) bdf: Bdf,
+    desk: Desk,
+}
+
+/// Hands out the guest's own pages.
+#[derive(Debug)]
+struct Desk(AtomicU64);
+
+impl Desk {
+    fn take(&self, bytes: u64) -> Gpa {
+        Gpa::new(self.0.fetch_add(bytes.next_multiple_of(PAGE_SIZE), Relaxed))
+    }
+}
+
+impl TablePages for Desk {
+    fn alloc(&self) -> Option<Gpa> {
+        Some(self.take(PAGE_SIZE))
+    }
+
+    fn free(&self, _page: Gpa) {}
+}
+
+/// A batch in guest memory, and its pages.
+pub(crate) struct Batch {
+    pub(crate) word: RequestWord,
+    pub(crate) gfns: Vec<u64>,
+}
+
+pub(crate) fn gfn(raw: u64) -> Gfn {
+    Gfn::new(raw).expect("beds are smaller than an address space")
+}
+
+impl Bed {
+    /// A guest with RAM of so many bytes from 0 up, and no tables but the root. It lives as long as the bench.
+    pub(crate) fn new(ram_bytes: u64) -> &'static Self {
+        let region = |at: u64, bytes: u64| {
+            let bytes = usize::try_from(bytes).expect("64-bit machines only");
+            Arc::new(GuestRegionMmap::from_range(GuestAddress(at), bytes, None).expect("sparse memory"))
+        };
+        let ram = region(0, ram_bytes);
+        let regions = vec![Arc::clone(&ram), region(DESK, 512 << 20)];
+        let memory = Arc::new(GuestMemoryMmap::from_arc_regions(regions).expect("two regions that do not touch"));
+        let desk = Desk(AtomicU64::new(DESK));
+        let guest = GuestDtt::new(&*memory, &desk, Levels::new(4).expect("1 to 5"), 8).expect("a root");
+        let bdf = Bdf::new(0x18).expect("not 0");
+        Box::leak(Box::new(Self { memory, ram, guest, bdf, desk }))
+    }
+
+    /// Makes the tables of these pages, and touches every word of them.
+    pub(crate) fn with_tables(&'static self, gfns: Range<u64>) -> &'static Self {
+        for first in (gfns.start / LEAVES * LEAVES..gfns.end).step_by(1024) {
+            self.guest.leaf_table(&*self.memory, &self.desk, gfn(first)).expect("room for tables");
+            self.table(first).words().iter().for_each(|word| word.store(0, Relaxed));
+        }
+        self
+    }
+
+    fn table(&self, page: u64) -> LeafTable<'_, AtomicU32> {
+        self.guest.dtt().leaf_table(&*self.memory, gfn(page)).expect("a table that was made before")
+    }
+
+    /// The leaf of a page.
+    pub(crate) fn leaf(&self, page: u64) -> &AtomicU32 {
+        &self.table(page).words()[gfn(page).leaf_index()]
+    }
+
+    /// Writes one word into the leaves of all these pages.
+    pub(crate) fn fill(&self, pages: Range<u64>, entry: u32) {
+        pages.for_each(|page| self.leaf(page).store(entry, Relaxed));
+    }
+
+    /// Panics unless the leaves of these pages say what they should.
+    pub(crate) fn check(&self, pages: impl IntoIterator<Item = u64>, entry: u32) {
+        pages.into_iter().for_each(|page| assert_eq!(self.leaf(page).load(Relaxed), entry, "leaf of gfn {page:#x}"));
+    }
+
+    /// Writes a batch into guest memory.
+    pub(crate) fn batch(&self, gfns: Vec<u64>) -> Batch {
+        let at = self.desk.take(PAGE_SIZE + 8 * gfns.len() as u64);
+        let list: Vec<_> = gfns.iter().map(|&page| gfn(page)).collect();
+        let word = write_batch(&*self.memory, at, self.bdf, &list).expect("room for batches");
+        Batch { word, gfns }
+    }
+
+    /// Clears the leaves of a batch.
+    pub(crate) fn clear(&self, batch: &Batch) {
+        batch.gfns.iter().for_each(|&page| self.leaf(page).store(0, Relaxed));
+    }
+}
+
+pub(crate) const PINNED: u32 = LeafEntry::PINNED.bits();
+/// A page that is pinned and mapped once by its guest, not accessed since it was aged.
+pub(crate) const BUSY: u32 = PINNED | 1;
