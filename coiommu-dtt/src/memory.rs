@@ -28,6 +28,16 @@ pub trait TableMemory {
     /// [`MemoryError`] if `at` is not a multiple of 4, or if not all of the words lie in one piece of memory.
     fn words32(&self, at: Gpa, count: usize) -> Result<&[Self::U32], MemoryError>;
 
+    /// The words of one piece of memory, as large as it comes, that has at least `count` of them from `at` on; and which of
+    /// them is the one at `at`. For those that look up many places: most are in the piece that they know.
+    ///
+    /// # Errors
+    ///
+    /// As [`words32`](Self::words32).
+    fn piece32(&self, at: Gpa, count: usize) -> Result<(&[Self::U32], usize), MemoryError> {
+        Ok((self.words32(at, count)?, 0))
+    }
+
     /// `count` 64-bit words from `at` on.
     ///
     /// # Errors

@@ -142,12 +142,14 @@ pub struct Walker<'m, M: TableMemory + ?Sized> {
     directory: Option<(u64, Directory<'m, M::U64>)>,
     /// The last leaf table, and its place among leaf tables.
     leaves: Option<(u64, LeafTable<'m, M::U32>)>,
+    /// The memory that a leaf table was last found in, and where it begins.
+    piece: Option<(u64, &'m [M::U32])>,
 }
 
 impl<'m, M: TableMemory + ?Sized> Walker<'m, M> {
     /// Remembers nothing yet.
     pub const fn new(dtt: Dtt, mem: &'m M) -> Self {
-        Self { dtt, mem, directory: None, leaves: None }
+        Self { dtt, mem, directory: None, leaves: None, piece: None }
     }
 
     /// The leaf table that holds the entry of `gfn`.
@@ -168,9 +170,26 @@ impl<'m, M: TableMemory + ?Sized> Walker<'m, M> {
             Some((level, index)) => self.directory(gfn)?.table(index).ok_or(WalkError::NotPresent { gfn, level })?,
             None => self.dtt.root,
         };
-        let table = LeafTable::at(self.mem, at)?;
+        let table = self.leaves_at(at)?;
         self.leaves = Some((place, table));
         Ok(table)
+    }
+
+    /// The leaf table in a page.
+    fn leaves_at(&mut self, at: Gpa) -> Result<LeafTable<'m, M::U32>, WalkError> {
+        const WORD: u64 = size_of::<u32>() as u64;
+        if let Some((start, words)) = self.piece {
+            let first = at.raw().wrapping_sub(start) / WORD;
+            let table = usize::try_from(first).ok().and_then(|first| words.get(first..)?.first_chunk());
+            if let Some(entries) = table {
+                return Ok(LeafTable { entries });
+            }
+        }
+        let (words, first) = self.mem.piece32(at, LEAF_ENTRIES)?;
+        self.piece = at.raw().checked_sub(first as u64 * WORD).map(|start| (start, words));
+        let entries = words.get(first..).and_then(|words| words.first_chunk());
+        let entries = entries.ok_or(MemoryError::Absent { at, bytes: LEAF_ENTRIES * size_of::<u32>() })?;
+        Ok(LeafTable { entries })
     }
 
     /// The directory of the leaf table of `gfn`, where there are directories.

@@ -23,6 +23,7 @@
 //!
 //! `examples/own_mapper.rs` shows all that a VMM has to bring.
 
+mod clock;
 #[cfg(feature = "test-util")]
 pub mod contract;
 pub mod mapper;
@@ -30,6 +31,7 @@ mod page_set;
 mod pin_map;
 pub mod pinner;
 pub mod policy;
+mod prefetch;
 pub mod region;
 mod region_table;
 pub mod request;
@@ -40,7 +42,7 @@ mod sync;
 pub use coiommu_dtt;
 pub use mapper::{Backing, DmaMapper, FileBacking, Limits, MapError};
 pub use pin_map::Extent;
-pub use pinner::{Clock, Pinner, PinnerConfig};
+pub use pinner::{Clock, Pinner, PinnerConfig, SystemClock};
 pub use policy::Policy;
 pub use region::{RamFile, RamRegion};
 pub use request::PinRequest;

@@ -42,7 +42,7 @@ impl PageSet {
 
     /// Whether every page of the range is in the set.
     pub(crate) fn contains_all(&self, pages: Range<usize>) -> bool {
-        self.0.iter().zip(masks(pages)).all(|(word, bits)| word & bits == bits)
+        self.first_outside(pages.start) >= pages.end
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -127,6 +127,16 @@ impl PageSet {
         start..self.first_outside(page)
     }
 
+    /// The pages whose next page is in the set, with page 511, whose next is in no block.
+    pub(crate) fn one_down(self) -> Self {
+        let mut words = self.0;
+        let mut next = 1;
+        for word in words.iter_mut().rev() {
+            (*word, next) = (*word >> 1 | next << (WORD_PAGES - 1), *word & 1);
+        }
+        Self(words)
+    }
+
     /// The 64 pages from `64 * word` on, as bits.
     pub(crate) fn word(&self, word: usize) -> u64 {
         self.0.get(word).copied().unwrap_or(0)
@@ -145,18 +155,6 @@ impl PageSet {
         }
         Self(words)
     }
-}
-
-/// The bits of a range, word by word.
-fn masks(pages: Range<usize>) -> impl Iterator<Item = u64> {
-    (0..WORDS).map(move |word| {
-        let base = word * WORD_PAGES;
-        let below = |page: usize| match page.saturating_sub(base) {
-            bits @ 0..WORD_PAGES => (1 << bits) - 1,
-            _ => !0,
-        };
-        below(pages.end) & !below(pages.start)
-    })
 }
 
 impl BitAnd for PageSet {
@@ -236,6 +234,11 @@ mod tests {
             prop_assert_eq!(plain(set - other), &a - &b);
             prop_assert_eq!(plain(!set), (0..BLOCK_PAGES).filter(|page| !a.contains(page)).collect());
             prop_assert_eq!(set.last(), a.last().copied());
+            prop_assert_eq!(plain(set.one_down()), (0..BLOCK_PAGES).filter(|page| *page == 511 || a.contains(&(page + 1))).collect());
+            prop_assert_eq!(set.first_outside(low), (low..BLOCK_PAGES).find(|page| !a.contains(page)).unwrap_or(BLOCK_PAGES));
+            let gap = (low..high).find(|page| !a.contains(page));
+            let gap = gap.map(|start| start..a.range(start..high).next().copied().unwrap_or(high));
+            prop_assert_eq!(set.gap_in(low..high), gap);
             prop_assert_eq!(set.first_from(low), a.range(low..).next().copied());
             prop_assert_eq!(plain(PageSet::range(low..high)), (low..high).collect());
             prop_assert_eq!(set.contains_all(low..high), (low..high).all(|page| a.contains(&page)));

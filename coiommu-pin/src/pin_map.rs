@@ -86,8 +86,9 @@ impl Block {
 
     /// The extents in ascending order.
     pub(crate) fn extents(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (mapped, heads) = (self.mapped, self.heads);
-        heads.pages().map(move |head| extent_at(mapped, heads, head))
+        // The last page of an extent is mapped, and the next page is not, or begins another.
+        let last_pages = self.mapped & (self.heads | !self.mapped).one_down();
+        self.heads.pages().zip(last_pages.pages()).map(|(head, last)| head..last + 1)
     }
 
     /// Enters an extent that was mapped.
@@ -108,20 +109,19 @@ impl Block {
 
     /// All pages of the extents that have a page in the set.
     pub(crate) fn extents_touching(&self, pages: PageSet) -> PageSet {
+        let pages = self.mapped & pages;
+        if pages.is_empty() || self.heads == self.mapped {
+            // Every extent is a page.
+            return pages;
+        }
         let mut all = PageSet::EMPTY;
         for extent in self.extents() {
-            if !(PageSet::range(extent.clone()) & pages).is_empty() {
+            if pages.first_from(extent.start).is_some_and(|page| page < extent.end) {
                 all.insert(extent);
             }
         }
         all
     }
-}
-
-fn extent_at(mapped: PageSet, heads: PageSet, head: usize) -> Range<usize> {
-    let next = heads.first_from(head + 1).unwrap_or(BLOCK_PAGES);
-    let gap = (!mapped).first_from(head).unwrap_or(BLOCK_PAGES);
-    head..next.min(gap)
 }
 
 /// The books of one region: its blocks, each under its lock.

@@ -8,7 +8,7 @@
 use core::slice;
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
-use vm_memory::{AtomicInteger, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, AtomicInteger, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{MemoryError, TableMemory};
 use crate::geometry::Gpa;
@@ -19,6 +19,20 @@ impl<M: GuestMemoryBackend> TableMemory for M {
 
     fn words32(&self, at: Gpa, count: usize) -> Result<&[AtomicU32], MemoryError> {
         words(self, at, count)
+    }
+
+    fn piece32(&self, at: Gpa, count: usize) -> Result<(&[AtomicU32], usize), MemoryError> {
+        const WORD: u64 = size_of::<AtomicU32>() as u64;
+        // All of them must be there in any case.
+        let wanted = self.words32(at, count)?;
+        let piece = self.to_region_addr(GuestAddress(at.raw())).and_then(|(region, start)| {
+            // Regions begin at a page, so at a word.
+            let before = usize::try_from(start.raw_value() / WORD).ok()?;
+            let all = usize::try_from(region.len() / WORD).ok()?;
+            let first = at.raw().checked_sub(start.raw_value())?;
+            Some((self.words32(Gpa::new(first), all).ok()?, before))
+        });
+        Ok(piece.unwrap_or((wanted, 0)))
     }
 
     fn words64(&self, at: Gpa, count: usize) -> Result<&[AtomicU64], MemoryError> {

@@ -1,34 +1,19 @@
 //! The pinner of this crate, called as a worker calls it.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use coiommu_dtt::RequestWord;
 use coiommu_pin::pinner::{Drain, PinResult, Pinner, PinnerConfig, Step};
 use coiommu_pin::request::Scratch;
-use coiommu_pin::{Clock, DmaMapper, RamRegion};
+use coiommu_pin::{Clock, DmaMapper, RamRegion, SystemClock};
 
 use super::{Bed, Space};
 
-/// The time since it was made.
-pub(crate) struct RealClock(Instant);
-
-impl Clock for RealClock {
-    fn now(&self) -> Duration {
-        self.0.elapsed()
-    }
-}
-
 /// What one worker has of its own.
+#[derive(Default)]
 pub(crate) struct Worker {
     scratch: Scratch,
-    clock: RealClock,
-}
-
-impl Default for Worker {
-    fn default() -> Self {
-        Self { scratch: Scratch::default(), clock: RealClock(Instant::now()) }
-    }
+    clock: SystemClock,
 }
 
 impl Worker {
@@ -44,7 +29,7 @@ impl Worker {
         }
     }
 
-    pub(crate) fn clock(&self) -> &RealClock {
+    pub(crate) fn clock(&self) -> &SystemClock {
         &self.clock
     }
 }

@@ -48,27 +48,10 @@ mod pin;
 mod ram;
 mod unpin;
 
+pub use crate::clock::{Clock, SystemClock};
 pub use forced::{ForcedUnpin, Hold, UnpinReport, UnpinStep};
 pub use pin::{PinResult, Step};
 pub use unpin::TickReport;
-
-/// Where the time comes from. A pinner reads no clock of its own, so that virtual time does as well as real time.
-pub trait Clock {
-    /// The time since some fixed moment; it does not go back.
-    fn now(&self) -> Duration;
-
-    /// The same, but it may be some milliseconds old: asked for once a block, where a clock that is cheap to read pays.
-    fn roughly(&self) -> Duration {
-        self.now()
-    }
-}
-
-/// A clock that stands still.
-impl Clock for Duration {
-    fn now(&self) -> Duration {
-        *self
-    }
-}
 
 /// What a pinner is to do, and for whom.
 #[derive(Clone, Debug)]

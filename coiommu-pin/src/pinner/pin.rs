@@ -14,6 +14,7 @@ use crate::mapper::MapError;
 use crate::page_set::{BLOCK_PAGES, PageSet};
 use crate::pin_map::{Block, BlockNo};
 use crate::policy::ExtentPolicy;
+use crate::prefetch::prefetch;
 use crate::region::RamRegion;
 use crate::region_table::{Bank, Regions};
 use crate::request::{PinRequest, Refusal, Scratch};
@@ -285,9 +286,9 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         let block = bank.books.block(first)?;
         let gfn = Gfn::new(first)?;
         let leaves = self.walker.leaf_table(gfn);
+        prefetch(block);
         if let Ok(table) = leaves {
-            // Nothing is decided by it: it is on its way into the cache while the others are looked up.
-            std::hint::black_box(table.leaf(gfn).load());
+            prefetch(&table.words()[gfn.leaf_index()]);
         }
         Some(Place { no: BlockNo::of(gfn), bank, block, leaves })
     }
@@ -388,27 +389,31 @@ impl<'s, S: TableSpace> Serving<'s, S> {
 
     /// Maps adjacent pages that are not mapped and not held, in extents as the policy says.
     fn map_gap(&mut self, mapping: &mut Mapping<'_, 's, Words<S>>, block: &mut Block, gap: Range<usize>) {
-        let mut at = gap.start;
-        while let Some(left) = block.mapped().gap_in(at..gap.end) {
-            if mapping.is_short {
-                return;
-            }
-            let tried = match self.pinner.config.policy.extent {
-                ExtentPolicy::Page => left.start..left.start + 1,
-                ExtentPolicy::Run => left,
-                ExtentPolicy::Aligned(size) => {
-                    if self.map_around(mapping, block, left.start, size.pages()) {
-                        continue;
+        match self.pinner.config.policy.extent {
+            ExtentPolicy::Page => self.map_singly(mapping, block, gap),
+            ExtentPolicy::Run => self.map_run(mapping, block, gap),
+            ExtentPolicy::Aligned(size) => {
+                let mut at = gap.start;
+                while let Some(left) = block.mapped().gap_in(at..gap.end) {
+                    if !self.map_around(mapping, block, left.start, size.pages()) {
+                        at = left.end;
+                        self.map_run(mapping, block, left);
                     }
-                    left
                 }
-            };
-            at = tried.end;
-            match self.map_extent(mapping, block, tried.clone()) {
-                Ok(()) => {}
-                Err(error) if error.is_shortage() => mapping.is_short = true,
-                Err(_) => self.map_singly(mapping, block, tried),
             }
+        }
+    }
+
+    /// Maps a run as one extent; if that cannot be, page by page, as only one of them may be bad.
+    fn map_run(&mut self, mapping: &mut Mapping<'_, 's, Words<S>>, block: &mut Block, run: Range<usize>) {
+        if mapping.is_short {
+            return;
+        }
+        match self.map_extent(mapping, block, run.clone()) {
+            Ok(()) => {}
+            Err(error) if error.is_shortage() => mapping.is_short = true,
+            Err(_) if run.len() == 1 => mapping.failed.insert(run),
+            Err(_) => self.map_singly(mapping, block, run),
         }
     }
 
@@ -426,19 +431,15 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         self.map_extent(mapping, block, free.run_around(page)).is_ok()
     }
 
-    /// Maps the pages of a run that cannot be mapped together, as only one of them may be bad.
+    /// Maps each page of a run for itself.
     fn map_singly(&mut self, mapping: &mut Mapping<'_, 's, Words<S>>, block: &mut Block, run: Range<usize>) {
-        if run.len() == 1 {
-            mapping.failed.insert(run);
-            return;
-        }
         for page in run {
+            if mapping.is_short {
+                return;
+            }
             match self.map_extent(mapping, block, page..page + 1) {
                 Ok(()) => {}
-                Err(error) if error.is_shortage() => {
-                    mapping.is_short = true;
-                    return;
-                }
+                Err(error) if error.is_shortage() => mapping.is_short = true,
                 Err(_) => mapping.failed.insert_page(page),
             }
         }

@@ -1,6 +1,6 @@
 //! Taking extents back: of one block, tick by tick, and to make room.
 
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 use std::sync::atomic::Ordering::Relaxed;
 
 use coiommu_dtt::memory::Word32;
@@ -269,8 +269,9 @@ impl<S: TableSpace> Pinner<S> {
             Ask::Uncounted | Ask::Forced(_) => look.uncounted,
         };
         let clear_first = matches!(ask, Ask::Uncounted | Ask::Forced(_));
-        let going;
-        (going, unpinned.limit_ended) = choose(block, &leaves, candidates & free, clear_first, limit);
+        let chosen;
+        (chosen, unpinned.limit_ended) = choose(block, candidates & free, limit);
+        let going = leaves.swap_away(block, chosen, clear_first);
         if !going.is_empty() {
             let unmapped = self.unmap_extents(no, block, going);
             leaves.set_pinned(unmapped.refused);
@@ -307,30 +308,25 @@ fn is_resting(policy: &Policy, changed: u32, round: u32) -> bool {
     threshold != 0 && age >= threshold && !age.is_multiple_of(threshold)
 }
 
-/// Swaps PINNED away from those extents of a block whose pages are all `free`, up to the limit; the pages from which it
-/// is gone, and whether the limit ended it.
-fn choose<W: Word32>(
-    block: &Block,
-    leaves: &Leaves<'_, W>,
-    free: PageSet,
-    clear_first: bool,
-    limit: Limit,
-) -> (PageSet, bool) {
-    let mut going = PageSet::EMPTY;
+/// Those extents of a block whose pages are all `free`, up to the limit; and whether the limit ended it.
+fn choose(block: &Block, free: PageSet, limit: Limit) -> (PageSet, bool) {
     if free.is_empty() {
-        // Most blocks of a busy guest have nothing to give: their extents are not even looked for.
+        // Most blocks of a busy guest have nothing to give.
+        return (free, false);
+    }
+    let going = free - block.extents_touching(*block.mapped() - free);
+    let Some(most) = limit.pages.filter(|&most| going.len() > most) else {
         return (going, false);
-    }
-    for extent in block.extents().filter(|extent| free.contains_all(extent.clone())) {
-        let passes = limit.pages.is_some_and(|pages| going.len() + extent.len() as u64 > pages);
-        if passes && !(limit.first_may_pass && going.is_empty()) {
-            return (going, true);
+    };
+    let mut first = PageSet::EMPTY;
+    for extent in block.extents().filter(|extent| going.contains(extent.start)) {
+        let passes = first.len() + extent.len() as u64 > most;
+        if passes && !(limit.first_may_pass && first.is_empty()) {
+            break;
         }
-        if leaves.swap_away(extent.clone(), clear_first) {
-            going.insert(extent);
-        }
+        first.insert(extent);
     }
-    (going, false)
+    (first, first != going)
 }
 
 /// The leaves of one block. Used under its lock.
@@ -379,7 +375,7 @@ impl<'m, W: Word32> Leaves<'m, W> {
             Place::Freed | Place::Unreadable => None,
         };
         let no = self.no;
-        table.into_iter().flat_map(move |table| pages.pages().map(move |page| table.leaf(no.gfn(page))))
+        table.into_iter().flat_map(move |table| leaves_in(table, no, pages).map(|(_, leaf)| leaf))
     }
 
     /// Reads the leaves of some pages; of 64 at a time, if one of them is asked for.
@@ -387,46 +383,38 @@ impl<'m, W: Word32> Leaves<'m, W> {
         let mut look = Look { uncounted: PageSet::ALL, accessed: PageSet::EMPTY, leaves: 0 };
         let Place::Table(table) = &self.place else { return look };
         let first = self.no.gfn(0).leaf_index();
-        for (at, words) in
-            table.words().get(first..first + BLOCK_PAGES).unwrap_or_default().chunks(WORD_PAGES).enumerate()
-        {
+        let words = table.words().get(first..first + BLOCK_PAGES).unwrap_or_default();
+        for (at, words) in words.chunks_exact(WORD_PAGES).enumerate() {
             if pages.word(at) == 0 {
                 continue;
             }
-            let (mut uncounted, mut accessed) = (0_u64, 0_u64);
-            for (bit, word) in words.iter().enumerate() {
-                let entry = Leaf::new(word).load();
-                uncounted |= u64::from(entry.count() == 0) << bit;
-                accessed |= u64::from(entry.contains(LeafEntry::ACCESSED)) << bit;
+            let mut entries = [LeafEntry::empty(); WORD_PAGES];
+            for (entry, word) in entries.iter_mut().zip(words) {
+                *entry = Leaf::new(word).load();
             }
-            look.uncounted.set_word(at, uncounted);
-            look.accessed.set_word(at, accessed);
+            look.uncounted.set_word(at, bits(&entries, |entry| entry.count() == 0));
+            look.accessed.set_word(at, bits(&entries, |entry| entry.contains(LeafEntry::ACCESSED)));
             look.leaves += u64::from(pages.word(at).count_ones());
         }
         look
     }
 
-    /// Swaps PINNED away on each page of an extent; if one refuses, on none. With `clear_first`, ACCESSED does not count.
-    fn swap_away(&self, extent: Range<usize>, clear_first: bool) -> bool {
-        let swap = |leaf: &Leaf<'_, W>| {
-            if clear_first {
-                leaf.clear_accessed();
+    /// Swaps PINNED away on each page of some extents; if one refuses, it is set again on the others of its extent. The pages
+    /// of the extents from which it is gone. With `clear_first`, ACCESSED does not count.
+    fn swap_away(&self, block: &Block, extents: PageSet, clear_first: bool) -> PageSet {
+        let Place::Table(table) = self.place else { return extents };
+        let mut refused = PageSet::EMPTY;
+        for (page, leaf) in leaves_in(table, self.no, extents) {
+            if !swap(leaf, clear_first) {
+                refused.insert_page(page);
             }
-            match leaf.try_unpin() {
-                // Mapped and unmapped in between: only a count may refuse.
-                Err(entry) if clear_first && entry.count() == 0 => {
-                    leaf.clear_accessed();
-                    leaf.try_unpin().is_ok()
-                }
-                result => result.is_ok(),
-            }
-        };
-        let swapped = self.of(PageSet::range(extent.clone())).take_while(swap).count();
-        if matches!(self.place, Place::Table(_)) && swapped < extent.len() {
-            self.set_pinned(PageSet::range(extent.start..extent.start + swapped));
-            return false;
         }
-        true
+        if refused.is_empty() {
+            return extents;
+        }
+        let busy = block.extents_touching(refused);
+        self.set_pinned(busy - refused);
+        extents - busy
     }
 
     fn set_pinned(&self, pages: PageSet) {
@@ -439,6 +427,42 @@ impl<'m, W: Word32> Leaves<'m, W> {
 
     fn clear_accessed(&self, pages: PageSet) {
         self.of(pages).for_each(Leaf::clear_accessed);
+    }
+}
+
+/// The leaves of some pages of a block, each with the page's index.
+fn leaves_in<W: Word32>(
+    table: LeafTable<'_, W>,
+    no: BlockNo,
+    pages: PageSet,
+) -> impl Iterator<Item = (usize, Leaf<'_, W>)> {
+    let first = no.gfn(0).leaf_index();
+    let words = table.words().get(first..).and_then(|words| words.first_chunk::<BLOCK_PAGES>());
+    pages.pages().filter_map(move |page| Some((page, Leaf::new(words?.get(page)?))))
+}
+
+/// Swaps PINNED away on one page; false if it refuses.
+fn swap<W: Word32>(leaf: Leaf<'_, W>, clear_first: bool) -> bool {
+    if clear_first {
+        leaf.clear_accessed();
+    }
+    match leaf.try_unpin() {
+        // Mapped and unmapped in between: only a count may refuse.
+        Err(entry) if clear_first && entry.count() == 0 => {
+            leaf.clear_accessed();
+            leaf.try_unpin().is_ok()
+        }
+        result => result.is_ok(),
+    }
+}
+
+/// The entries that something is true of, as bits. Mostly it is true of all or of none, which takes no look at each by
+/// itself.
+fn bits(entries: &[LeafEntry; WORD_PAGES], is: impl Fn(LeafEntry) -> bool) -> u64 {
+    match entries.iter().map(|&entry| u32::from(is(entry))).sum::<u32>() {
+        0 => 0,
+        64 => !0,
+        _ => entries.iter().enumerate().fold(0, |bits, (at, &entry)| bits | u64::from(is(entry)) << at),
     }
 }
 
