@@ -115,6 +115,8 @@ impl<'m> Round<'m> {
         self.post.is(Doing::Counting);
         let is_pinned = |page: &u64| dtt.is_pinned(&*machine.memory, gfn(*page)).unwrap();
         let (granted, denied): (Vec<_>, Vec<_>) = pages.iter().partition(|page| is_pinned(page));
+        let bad = granted.iter().find(|&&page| !stays(page) && !MOVING.contains(&page));
+        assert_eq!(bad, None, "granted, where there is no RAM");
         self.settled = self.moves.is_multiple_of(2) && machine.moving.moves.load(Acquire) == self.moves;
         for &page in &denied {
             assert!(!(served && stays(page)), "the request was served, but page {page:#x} is not PINNED");

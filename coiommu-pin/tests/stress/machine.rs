@@ -266,6 +266,13 @@ impl Machine {
         }
     }
 
+    /// The pages of RAM that stays that the table says are PINNED.
+    pub(crate) fn pinned_in_table(&self) -> BTreeSet<u64> {
+        let (dtt, arena) = self.tables.now();
+        let leaf = |page| dtt.leaf_table(&*self.memory, arena, gfn(page)).unwrap().leaf(gfn(page));
+        (0..GFNS).filter(|&page| stays(page) && leaf(page).is_pinned()).collect()
+    }
+
     /// What must hold at the end, and then after some ticks, and after the last drain.
     pub(crate) fn check_at_rest(&self) {
         assert!(self.slots.iter().all(|slot| slot.load(Ordering::Acquire) == 0), "a slot was not answered");
