@@ -54,7 +54,9 @@ fn reset(machine: &Machine) {
         let counters = machine.pinner.counters();
         counters.pages_unpinned_idle + counters.pages_unpinned_forced
     };
-    let (pinned, earlier) = (machine.pinned_in_table(), taken_back());
+    // In this order: what goes between the two is counted.
+    let earlier = taken_back();
+    let pinned = machine.pinned_in_table();
     drain(machine, Drain::Reset);
     let cleared = pinned.difference(&machine.pinned_in_table()).count() as u64;
     let taken_back = taken_back() - earlier;
