@@ -1,7 +1,9 @@
 //! No shell scripts: write a task. One file a task, run as `cargo xtask TASK`.
 
 mod ci;
+mod nightly;
 mod step;
+mod tsan;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -17,10 +19,12 @@ use clap::Parser;
     after_help = "Examples:
   cargo xtask ci                everything that must hold before a merge
   cargo xtask ci fmt clippy     two steps of it
-  cargo xtask ci --list         the steps, in the order they run"
+  cargo xtask ci --list         the steps, in the order they run
+  cargo xtask tsan              the pinner's stress test under ThreadSanitizer"
 )]
 enum Task {
     Ci(ci::Args),
+    Tsan(tsan::Args),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -31,5 +35,6 @@ fn main() -> anyhow::Result<ExitCode> {
     std::env::set_current_dir(root).with_context(|| format!("cannot enter {}", root.display()))?;
     match task {
         Task::Ci(args) => ci::run(&args),
+        Task::Tsan(args) => tsan::run(&args),
     }
 }

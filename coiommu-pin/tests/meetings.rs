@@ -1,0 +1,151 @@
+//! Two calls that meet at the worst moment: the second runs whole, or as far as it can, inside a mapper call of the first.
+//! The threads of the stress test met like this by chance.
+
+// A mapper is declared here, by handing on to another.
+#![allow(unsafe_code)]
+
+mod rig;
+
+use std::fmt;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use coiommu_dtt::guest::GuestDtt;
+use coiommu_dtt::{Bdf, Gpa, Levels, RequestWord};
+use coiommu_pin::pinner::{Drain, ForcedUnpin, PinResult, Pinner, PinnerConfig, UnpinStep};
+use coiommu_pin::request::Scratch;
+use coiommu_pin::{Backing, DmaMapper, Limits, MapError, Policy, RamRegion};
+use coiommu_vfio::SoftIommu;
+use rig::{PAGE, Pages, Space, gfn, ram};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+const TABLES: u64 = 1 << 30;
+/// A page of the first block, and one of the second.
+const NEAR: u64 = 5;
+const FAR: u64 = 600;
+
+/// Does something once, before a mapper call.
+struct Meeting {
+    iommu: SoftIommu,
+    next: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl Meeting {
+    fn before_next_call(&self, meet: impl FnOnce() + Send + 'static) {
+        *self.next.lock().unwrap() = Some(Box::new(meet));
+    }
+
+    fn meet(&self) {
+        let next = self.next.lock().unwrap().take();
+        if let Some(meet) = next {
+            meet();
+        }
+    }
+}
+
+impl fmt::Debug for Meeting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.iommu.fmt(f)
+    }
+}
+
+impl DmaMapper for Meeting {
+    unsafe fn map(&self, iova: u64, backing: Backing<'_>, len: u64) -> Result<(), MapError> {
+        self.meet();
+        // SAFETY: the caller's promise is handed on.
+        unsafe { self.iommu.map(iova, backing, len) }
+    }
+
+    fn unmap(&self, iova: u64, len: u64) -> Result<u64, MapError> {
+        self.meet();
+        self.iommu.unmap(iova, len)
+    }
+
+    fn limits(&self) -> Limits {
+        self.iommu.limits()
+    }
+}
+
+struct Bed {
+    meeting: Arc<Meeting>,
+    pinner: Arc<Pinner<Space>>,
+    memory: Space,
+    guest: GuestDtt,
+    ram: Arc<GuestRegionMmap>,
+}
+
+impl Bed {
+    /// Two blocks of RAM with a page pinned in each, which nobody counts.
+    fn new() -> Self {
+        let ram = ram(&(0..1024));
+        let tables = Arc::new(GuestRegionMmap::from_range(GuestAddress(TABLES), 1 << 20, None).unwrap());
+        let memory = Arc::new(GuestMemoryMmap::from_arc_regions(vec![Arc::clone(&ram), tables]).unwrap());
+        let meeting = Arc::new(Meeting { iommu: SoftIommu::new(), next: Mutex::default() });
+        let bdf = Bdf::new(0x18).unwrap();
+        let config = PinnerConfig::new(Policy::default(), vec![bdf]);
+        let mapper = Arc::clone(&meeting) as Arc<dyn DmaMapper>;
+        let pinner = Arc::new(Pinner::new(Arc::clone(&memory), mapper, config).unwrap());
+        pinner.add_region(RamRegion::from_vm_memory(Arc::clone(&ram)).unwrap()).unwrap();
+        let pages = Pages(AtomicU64::new(TABLES));
+        let guest = GuestDtt::new(&*memory, &pages, Levels::new(4).unwrap(), 8).unwrap();
+        guest.leaf_table(&*memory, &pages, gfn(NEAR)).unwrap();
+        pinner.activate(guest.dtt().root(), 4).unwrap();
+        for page in [NEAR, FAR] {
+            let word = RequestWord::page(gfn(page), bdf).unwrap();
+            assert_eq!(pinner.pin(word, &mut Scratch::default(), &Duration::ZERO), PinResult::Pinned);
+        }
+        Self { meeting, pinner, memory, guest, ram }
+    }
+
+    /// In the middle of the first mapper call of `call`, a forced unpin of the far page begins and takes a step; what there
+    /// is to say of it then.
+    fn unpin_far_during(&self, call: impl FnOnce(&Self)) -> UnpinStep {
+        let pinner = Arc::clone(&self.pinner);
+        let (to, from) = std::sync::mpsc::channel();
+        self.meeting.before_next_call(move || {
+            let unpin = pinner.begin_unpin(Gpa::new(FAR * PAGE), PAGE, &Duration::ZERO);
+            to.send(pinner.step_unpin(unpin, &Duration::ZERO)).unwrap();
+        });
+        call(self);
+        from.try_recv().expect("the call has called the mapper")
+    }
+
+    fn go_on(&self, mut unpin: ForcedUnpin) -> UnpinStep {
+        for _ in 0..100 {
+            match self.pinner.step_unpin(unpin, &Duration::ZERO) {
+                UnpinStep::More(more) => unpin = more,
+                step => return step,
+            }
+        }
+        panic!("a forced unpin does not end");
+    }
+}
+
+/// What returning RAM maps again, after the forced unpin has been there, must not stay mapped in a range that is held.
+#[test]
+fn a_forced_unpin_that_begins_while_ram_returns_does_not_miss_it() {
+    let bed = Bed::new();
+    bed.pinner.remove_region(Gpa::new(0), 1024 * PAGE).unwrap();
+    let step = bed.unpin_far_during(|bed| {
+        bed.pinner.add_region(RamRegion::from_vm_memory(Arc::clone(&bed.ram)).unwrap()).unwrap();
+    });
+    assert!(bed.meeting.iommu.is_mapped(NEAR * PAGE, PAGE));
+    let UnpinStep::More(unpin) = step else { panic!("RAM is on its way: {step:?}") };
+    let UnpinStep::Done(report, Some(_hold)) = bed.go_on(unpin) else { panic!("nobody counts the page") };
+    assert!(!bed.meeting.iommu.is_mapped(FAR * PAGE, PAGE), "the page is mapped, and held");
+    assert_eq!(report.released, 1);
+}
+
+/// A guest that deactivates finds no PINNED in its table, whoever unmapped the page.
+#[test]
+fn a_forced_unpin_during_a_drain_leaves_no_pinned_behind() {
+    let bed = Bed::new();
+    let step = bed.unpin_far_during(|bed| bed.pinner.deactivate(Drain::Deactivate).unwrap());
+    assert_eq!(bed.meeting.iommu.mappings(), 0);
+    for page in [NEAR, FAR] {
+        assert!(!bed.guest.is_pinned(&*bed.memory, gfn(page)).unwrap(), "page {page} says PINNED");
+    }
+    let step = if let UnpinStep::More(unpin) = step { bed.go_on(unpin) } else { step };
+    assert!(matches!(step, UnpinStep::Done(_, Some(_))), "{step:?}");
+}

@@ -1,0 +1,45 @@
+//! `cargo xtask tsan`: the stress test of `coiommu-pin` under ThreadSanitizer, std included.
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+
+use crate::{nightly, step};
+
+/// Run the pinner's stress test under ThreadSanitizer; any report fails it
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// How long, in seconds
+    #[arg(long, default_value_t = 60)]
+    seconds: u64,
+}
+
+/// What a process exits with if ThreadSanitizer reported anything, whatever its tests say.
+const REPORTED: u8 = 66;
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    nightly::install("rust-src")?;
+    let host = host()?;
+    // std too: what it does to locks and channels is invisible to the sanitizer otherwise. A target that is named, so that
+    // build scripts and macros, which run in the compiler, are built without.
+    let line = format!(
+        "rustup run {} cargo test -Zbuild-std --target {host} --target-dir target/tsan --locked \
+         --package coiommu-pin --test stress -- --nocapture",
+        nightly::TOOLCHAIN
+    );
+    let mut command = step::command(&line);
+    command
+        .env("RUSTFLAGS", "-Zsanitizer=thread")
+        .env("TSAN_OPTIONS", format!("halt_on_error=0:exitcode={REPORTED}:history_size=7"))
+        .env("COIOMMU_STRESS_SECONDS", args.seconds.to_string());
+    step::finish(&mut command, &format!("RUSTFLAGS=-Zsanitizer=thread {line}"))?;
+    println!("tsan: {} s without a report", args.seconds);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The machine's own target.
+fn host() -> anyhow::Result<String> {
+    let version = step::output("rustc -vV")?;
+    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
+    host.map(str::to_owned).context("rustc does not say for which host it is")
+}
