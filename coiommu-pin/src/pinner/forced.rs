@@ -196,6 +196,11 @@ impl<S: TableSpace> Pinner<S> {
 
     fn unpin_in_block(&self, spot: Spot<'_>, pages: PageSet) -> Result<UnpinReport, NotNow> {
         let (no, activation) = (spot.no, self.activation.read());
+        // A drain that is under way clears PINNED on what it unmaps: leave that to it.
+        let _no_drain = match activation.dtt {
+            Some(_) => None,
+            None => Some(self.changing_regions.try_lock().ok_or(NotNow::Busy)?),
+        };
         self.try_block(spot, |block| {
             let mapped = *block.mapped() & pages;
             match activation.dtt {

@@ -40,7 +40,6 @@ impl<S: TableSpace> Pinner<S> {
         if stuck > 0 {
             return Err(RegionError::Stuck { gpa, pages: stuck });
         }
-        self.region_changes.fetch_add(1, Relaxed);
         let bank = Bank::new(region);
         let returning = self.regions.write().add(bank.clone());
         let lost: Vec<_> = returning.iter().flat_map(|absent| self.bring_back(absent, &bank)).collect();
@@ -50,6 +49,8 @@ impl<S: TableSpace> Pinner<S> {
             log::warn!("{pages} pages were pinned when the RAM at {gpa} went, and are not any more");
         }
         self.clear_stale(lost);
+        // Last: a forced unpin that began before this moment may have passed by what was mapped again behind it.
+        self.region_changes.fetch_add(1, Relaxed);
         Ok(())
     }
 
@@ -69,9 +70,9 @@ impl<S: TableSpace> Pinner<S> {
         // Who is mapping still has the table of regions to read, and is waited for here. From here on nothing new is mapped.
         let removed = if exact { self.regions.write().remove(&gfns) } else { None };
         let forgotten = removed.ok_or(RegionError::Unknown { gpa, bytes })?;
-        self.region_changes.fetch_add(1, Relaxed);
         let stuck = self.clear_out(&gfns);
         self.clear_stale(forgotten);
+        self.region_changes.fetch_add(1, Relaxed);
         if stuck > 0 {
             log::error!("{stuck} pages of the RAM at {gpa} cannot be unmapped; its memory is kept");
             return Err(RegionError::Stuck { gpa, pages: stuck });
