@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering::{AcqRel, Relaxed};
 use std::sync::{Arc, Mutex};
 
 use coiommu_dtt::notify::BatchHeader;
-use coiommu_dtt::{Gfn, LeafTable, PAGE_SIZE, Request, RequestWord, TableMemory};
+use coiommu_dtt::{LeafTable, PAGE_SIZE, Request, RequestWord, TableMemory};
 use coiommu_pin::{Backing, DmaMapper};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use zerocopy::{FromZeros, IntoBytes};
@@ -113,10 +113,5 @@ impl<'m> Rival<'m> {
 
     pub(crate) fn pinned_pages(&self) -> usize {
         self.state.lock().expect("no panic before").queue.len()
-    }
-
-    /// Fills the queue with pages as if they had been pinned.
-    pub(crate) fn adopt(&self, pages: impl Iterator<Item = Gfn>) {
-        self.state.lock().expect("no panic before").queue.extend(pages.map(Gfn::raw));
     }
 }
