@@ -1,5 +1,6 @@
 //! No shell scripts: write a task. One file a task, run as `cargo xtask TASK`.
 
+mod bench_check;
 mod ci;
 mod step;
 
@@ -17,10 +18,12 @@ use clap::Parser;
     after_help = "Examples:
   cargo xtask ci                everything that must hold before a merge
   cargo xtask ci fmt clippy     two steps of it
-  cargo xtask ci --list         the steps, in the order they run"
+  cargo xtask ci --list         the steps, in the order they run
+  cargo xtask bench-check       how fast the pinner is beside others"
 )]
 enum Task {
     Ci(ci::Args),
+    BenchCheck(bench_check::Args),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -31,5 +34,6 @@ fn main() -> anyhow::Result<ExitCode> {
     std::env::set_current_dir(root).with_context(|| format!("cannot enter {}", root.display()))?;
     match task {
         Task::Ci(args) => ci::run(&args),
+        Task::BenchCheck(args) => bench_check::run(&args),
     }
 }
