@@ -25,13 +25,15 @@ mod ticks;
 mod uring;
 
 use std::ops::Range;
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use coiommu_dtt::guest::{GuestDtt, TablePages, write_batch};
 use coiommu_dtt::{Bdf, Gfn, Gpa, LeafEntry, LeafTable, Levels, PAGE_SIZE, RequestWord};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use coiommu_pin::Backing;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 
 pub(crate) type Space = Arc<GuestMemoryMmap>;
 
@@ -129,6 +131,13 @@ impl Bed {
         let list: Vec<_> = gfns.iter().map(|&page| gfn(page)).collect();
         let word = write_batch(&*self.memory, at, self.bdf, &list).expect("room for batches");
         Batch { word, gfns }
+    }
+
+    /// Where a page is in this process, looked up as a VMM does.
+    pub(crate) fn backing(&self, page: u64) -> Backing<'static> {
+        let memory: &GuestMemoryMmap = &self.memory;
+        let hva = memory.get_host_address(GuestAddress(page * PAGE_SIZE)).expect("RAM");
+        Backing { hva: NonNull::new(hva).expect("mapped memory"), file: None }
     }
 
     /// Brings the memory of these pages into being, so that whoever pins it need not.

@@ -18,6 +18,10 @@ pub(crate) trait PinsBatches {
     fn empty(&mut self);
     /// How many pages are pinned, if it knows.
     fn pinned(&self) -> Option<u64>;
+    /// Whether the guest is told.
+    fn sets_leaves(&self) -> bool {
+        true
+    }
 }
 
 pub(crate) struct Ours {
@@ -101,7 +105,9 @@ impl<P: PinsBatches> Contender for Pins<P> {
     fn finish(&mut self) {
         let pages: u64 = self.set().iter().map(|batch| batch.gfns.len() as u64).sum();
         assert!(self.who.pinned().is_none_or(|pinned| pinned == pages));
-        self.set().iter().for_each(|batch| self.bed.check(batch.gfns.iter().copied(), PINNED));
+        if self.who.sets_leaves() {
+            self.set().iter().for_each(|batch| self.bed.check(batch.gfns.iter().copied(), PINNED));
+        }
         self.who.empty();
         self.set().iter().for_each(|batch| self.bed.clear(batch));
     }

@@ -16,7 +16,7 @@ use super::pins::{Floor, Ours, Pins, Sets};
 use super::rival::Rival;
 use super::team::{Job, Share, Team};
 use super::ticks::{Clears, Loads, Pages, Scan, Tick};
-use super::uring::Registered;
+use super::uring::{Calls, Registered};
 use super::{BLOCK, BUSY, Batch, Bed, PINNED};
 
 type Contenders = Vec<(&'static str, Box<dyn Contender>)>;
@@ -110,6 +110,7 @@ fn uring_pin() -> io::Result<Scene> {
     let pinner = ours::pinner(bed, registered(sets)?, "extent=run");
     let contenders: Contenders = vec![
         ("ours", Box::new(Pins::new(bed, sets, 0, Ours { bed, pinner, worker: Worker::default() }))),
+        ("floor", Box::new(Pins::new(bed, sets, 0, Calls::new(bed, registered(sets)?)))),
         ("rival", Box::new(Pins::new(bed, sets, 0, Rival::new(bed, registered(sets)?)))),
     ];
     let units = sets[0].len() as u64 * RUN;
@@ -175,7 +176,8 @@ fn scattered_shares() -> (&'static Bed, &'static [Share]) {
 fn drain_sparse() -> Scene {
     const EVERY: u64 = (64 << 20) / 4096;
     let bed = Bed::new(64 * GIB);
-    let batches = (0..64 * GIB / 4096).step_by(EVERY as usize).map(|first| {
+    let batches = (0..64 * GIB / 4096 / EVERY).map(|n| {
+        let first = n * EVERY;
         bed.with_tables(first..first + BLOCK);
         bed.batch((first..first + BLOCK).collect())
     });

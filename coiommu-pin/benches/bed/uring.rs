@@ -8,10 +8,14 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::ptr;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use coiommu_dtt::PAGE_SIZE;
 use coiommu_pin::{Backing, DmaMapper, Limits, MapError};
 use io_uring::IoUring;
+
+use super::pins::PinsBatches;
+use super::{Batch, Bed};
 
 /// See the module.
 pub(crate) struct Registered {
@@ -92,6 +96,46 @@ impl DmaMapper for Registered {
 
     fn limits(&self) -> Limits {
         super::mappers::limits()
+    }
+}
+
+/// Nothing but the calls: one for each batch, which is a run.
+pub(crate) struct Calls {
+    bed: &'static Bed,
+    mapper: Arc<dyn DmaMapper>,
+    mapped: Vec<(u64, u64)>,
+}
+
+impl Calls {
+    pub(crate) fn new(bed: &'static Bed, mapper: Arc<dyn DmaMapper>) -> Self {
+        Self { bed, mapper, mapped: Vec::new() }
+    }
+
+    fn range(batch: &Batch) -> (u64, u64) {
+        (batch.gfns[0] * PAGE_SIZE, batch.gfns.len() as u64 * PAGE_SIZE)
+    }
+}
+
+impl PinsBatches for Calls {
+    fn pin(&mut self, batch: &Batch) {
+        let (iova, len) = Self::range(batch);
+        // SAFETY: the bed's memory stays mapped for as long as the process lives, and nobody borrows it.
+        unsafe { self.mapper.map(iova, self.bed.backing(batch.gfns[0]), len) }.expect("a mapper that maps");
+        self.mapped.push((iova, len));
+    }
+
+    fn empty(&mut self) {
+        for (iova, len) in self.mapped.drain(..) {
+            self.mapper.unmap(iova, len).expect("a mapper that unmaps");
+        }
+    }
+
+    fn pinned(&self) -> Option<u64> {
+        None
+    }
+
+    fn sets_leaves(&self) -> bool {
+        false
     }
 }
 
