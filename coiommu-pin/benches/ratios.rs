@@ -60,7 +60,11 @@ fn time(name: &'static str, scene: &mut Scene) -> Result {
     // A few rounds first, so that books exist and memory is touched.
     let warm_up = scene.rounds.div_ceil(10);
     for round in 0..warm_up + scene.rounds {
-        for ((_, contender), times) in scene.contenders.iter_mut().zip(&mut times) {
+        // There and back, so that nobody always comes after the same one.
+        let count = scene.contenders.len();
+        for turn in 0..count {
+            let at = if round % 2 == 0 { turn } else { count - 1 - turn };
+            let ((_, contender), times) = (&mut scene.contenders[at], &mut times[at]);
             let took = contender.time();
             if round >= warm_up {
                 times.push(took.as_secs_f64() * 1e9);
