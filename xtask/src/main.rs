@@ -1,5 +1,6 @@
 //! No shell scripts: write a task. One file a task, run as `cargo xtask TASK`.
 
+mod bench_check;
 mod ci;
 mod nightly;
 mod step;
@@ -20,11 +21,13 @@ use clap::Parser;
   cargo xtask ci                everything that must hold before a merge
   cargo xtask ci fmt clippy     two steps of it
   cargo xtask ci --list         the steps, in the order they run
-  cargo xtask tsan              the pinner's stress test under ThreadSanitizer"
+  cargo xtask tsan              the pinner's stress test under ThreadSanitizer
+  cargo xtask bench-check       how fast the pinner is beside others"
 )]
 enum Task {
     Ci(ci::Args),
     Tsan(tsan::Args),
+    BenchCheck(bench_check::Args),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -36,5 +39,6 @@ fn main() -> anyhow::Result<ExitCode> {
     match task {
         Task::Ci(args) => ci::run(&args),
         Task::Tsan(args) => tsan::run(&args),
+        Task::BenchCheck(args) => bench_check::run(&args),
     }
 }

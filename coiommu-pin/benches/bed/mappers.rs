@@ -1,4 +1,4 @@
-//! Mappers to time against.
+//! A mapper to time against.
 //!
 //! Unsafe is needed here: a mapper's map call is a promise about memory.
 #![allow(unsafe_code)]
@@ -24,6 +24,7 @@ impl DmaMapper for Nothing {
     }
 }
 
-fn limits() -> Limits {
+/// An IOMMU with 4 KiB pages and 48 bits.
+pub(super) fn limits() -> Limits {
     Limits { page_sizes: 4096, iova_ranges: vec![0..=(1 << 48) - 1], mappings_left: None }
 }

@@ -3,41 +3,39 @@
 //! | file | what is there |
 //! | --- | --- |
 //! | `mod.rs` | [`Bed`]: sparse guest memory, a table whose pages are there before anything is timed, requests |
-//! | `mappers.rs` | mappers: one that does nothing, one that pins memory through io_uring |
+//! | `mappers.rs` | a mapper that does nothing |
+//! | `uring.rs` | a mapper that really pins, through io_uring |
 //! | `ours.rs` | the pinner of this crate, called as a worker calls it |
 //! | `rival.rs` | a plain pinner, page by page |
 //! | `floor.rs` | loops that do the one thing that cannot be left out |
-//! | `stopwatch.rs` | the time that the work of a contender takes |
-//! | `scenes.rs` | what is timed: each scene puts its contenders through the same work |
+//! | `contest.rs` | scenes and contenders, and the time that a contender takes |
+//! | `scenes.rs`, `pins.rs`, `ticks.rs`, `team.rs`, `drain.rs` | what is timed: each scene puts its contenders through the same work |
 #![allow(dead_code, reason = "a module of several benches, each of which uses its part")]
 
-pub(crate) mod floor;
-pub(crate) mod mappers;
-pub(crate) mod ours;
-pub(crate) mod rival;
+pub(crate) mod contest;
+mod drain;
+mod floor;
+mod mappers;
+mod ours;
+mod pins;
+mod rival;
 pub(crate) mod scenes;
-pub(crate) mod stopwatch;
+mod team;
+mod ticks;
+mod uring;
 
 use std::ops::Range;
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use coiommu_dtt::guest::{GuestDtt, TablePages, write_batch};
 use coiommu_dtt::{Bdf, Gfn, Gpa, LeafEntry, LeafTable, Levels, PAGE_SIZE, RequestWord};
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use coiommu_pin::Backing;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 
 pub(crate) type Space = Arc<GuestMemoryMmap>;
-
-/// What is timed on a bed. Everything but [`work`](Contender::work) is untimed.
-pub(crate) trait Contender {
-    /// Makes everything as it must be before the work.
-    fn prepare(&mut self);
-    /// What is timed.
-    fn work(&mut self);
-    /// Panics unless the work was done, and clears up.
-    fn finish(&mut self);
-}
 
 /// The pages of a block of the pin map: 2 MiB.
 pub(crate) const BLOCK: u64 = 512;
@@ -118,7 +116,7 @@ impl Bed {
     }
 
     /// Writes one word into the leaves of all these pages.
-    pub(crate) fn fill(&self, pages: Range<u64>, entry: u32) {
+    pub(crate) fn fill(&self, pages: impl Iterator<Item = u64>, entry: u32) {
         pages.for_each(|page| self.leaf(page).store(entry, Relaxed));
     }
 
@@ -133,6 +131,20 @@ impl Bed {
         let list: Vec<_> = gfns.iter().map(|&page| gfn(page)).collect();
         let word = write_batch(&*self.memory, at, self.bdf, &list).expect("room for batches");
         Batch { word, gfns }
+    }
+
+    /// Where a page is in this process, looked up as a VMM does.
+    pub(crate) fn backing(&self, page: u64) -> Backing<'static> {
+        let memory: &GuestMemoryMmap = &self.memory;
+        let hva = memory.get_host_address(GuestAddress(page * PAGE_SIZE)).expect("RAM");
+        Backing { hva: NonNull::new(hva).expect("mapped memory"), file: None }
+    }
+
+    /// Brings the memory of these pages into being, so that whoever pins it need not.
+    pub(crate) fn touch(&self, gfns: &[u64]) {
+        for &page in gfns {
+            self.memory.write_obj(1_u8, GuestAddress(page * PAGE_SIZE)).expect("RAM");
+        }
     }
 
     /// Clears the leaves of a batch.

@@ -9,15 +9,13 @@
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
-use std::ptr::NonNull;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{AcqRel, Relaxed};
 use std::sync::{Arc, Mutex};
 
 use coiommu_dtt::notify::BatchHeader;
-use coiommu_dtt::{Gfn, LeafTable, PAGE_SIZE, Request, RequestWord, TableMemory};
-use coiommu_pin::{Backing, DmaMapper};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use coiommu_dtt::{LeafTable, PAGE_SIZE, Request, RequestWord, TableMemory};
+use coiommu_pin::DmaMapper;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::{Bed, PINNED, gfn};
@@ -54,9 +52,7 @@ impl<'m> State<'m> {
         if leaf.load(Relaxed) & PINNED != 0 {
             return;
         }
-        let memory: &GuestMemoryMmap = &bed.memory;
-        let hva = memory.get_host_address(GuestAddress(page * PAGE_SIZE)).expect("RAM");
-        let backing = Backing { hva: NonNull::new(hva).expect("mapped memory"), file: None };
+        let backing = bed.backing(page);
         // SAFETY: the bed's memory stays mapped for as long as the process lives, and nobody borrows it.
         unsafe { mapper.map(page * PAGE_SIZE, backing, PAGE_SIZE) }.expect("a mapper that maps");
         leaf.fetch_or(PINNED, AcqRel);
@@ -113,10 +109,5 @@ impl<'m> Rival<'m> {
 
     pub(crate) fn pinned_pages(&self) -> usize {
         self.state.lock().expect("no panic before").queue.len()
-    }
-
-    /// Fills the queue with pages as if they had been pinned.
-    pub(crate) fn adopt(&self, pages: impl Iterator<Item = Gfn>) {
-        self.state.lock().expect("no panic before").queue.extend(pages.map(Gfn::raw));
     }
 }

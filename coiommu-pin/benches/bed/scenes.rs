@@ -1,325 +1,197 @@
-//! What is timed: each scene puts its contenders through the same work, on the same guest.
+//! The scenes: who does what, on which guest.
 
-use std::hint::black_box;
+use std::collections::HashSet;
+use std::io;
 use std::sync::Arc;
 
-use coiommu_pin::Pinner;
-use coiommu_pin::pinner::TickReport;
+use coiommu_pin::DmaMapper;
+use coiommu_vfio::SoftIommu;
 
+use super::contest::{Contender, Scene};
+use super::drain::Drain;
 use super::floor::FlatTable;
 use super::mappers::Nothing;
 use super::ours::{self, Worker};
+use super::pins::{Floor, Ours, Pins, Sets};
 use super::rival::Rival;
-use super::{BLOCK, BUSY, Batch, Bed, Contender, PINNED, Space, gfn};
+use super::team::{Job, Share, Team};
+use super::ticks::{Clears, Loads, Pages, Scan, Tick};
+use super::uring::{Calls, Registered};
+use super::{BLOCK, BUSY, Batch, Bed, PINNED};
 
-/// Contenders at the same work.
-pub(crate) struct Scene {
-    /// Its name, for programs.
-    pub(crate) id: &'static str,
-    /// What happens in it.
-    pub(crate) what: &'static str,
-    /// What one unit of time is told for, and how many of them there are in the work.
-    pub(crate) unit: &'static str,
-    pub(crate) units: u64,
-    /// How often the work is timed.
-    pub(crate) rounds: usize,
-    pub(crate) contenders: Vec<(&'static str, Box<dyn Contender>)>,
-}
+type Contenders = Vec<(&'static str, Box<dyn Contender>)>;
+type Make = fn() -> io::Result<Scene>;
 
-/// All of them, made one after the other: the memory of one is cold when the next begins.
-pub(crate) const ALL: [fn() -> Scene; 4] = [pin_consecutive, pin_scattered, scan_busy, unpin_idle];
+/// All scenes by their names, each made when its turn comes. An error: the system does not let us.
+pub(crate) const ALL: [(&str, Make); 11] = [
+    ("pin-consecutive", || Ok(pin_consecutive())),
+    ("pin-scattered", || Ok(pin_scattered())),
+    ("scan-busy", || Ok(scan_busy())),
+    ("unpin-idle", || Ok(unpin_idle())),
+    ("uring-pin", uring_pin),
+    ("uring-unpin", uring_unpin),
+    ("threads-pin-consecutive", || Ok(threads(consecutive_shares(), Job::Pin, "pin 512 consecutive pages"))),
+    ("threads-pin-scattered", || Ok(threads(scattered_shares(), Job::Pin, "pin 512 scattered pages"))),
+    ("threads-unpin-consecutive", || Ok(threads(consecutive_shares(), Job::Unpin, "unpin 512 consecutive pages"))),
+    ("threads-unpin-scattered", || Ok(threads(scattered_shares(), Job::Unpin, "unpin 512 scattered pages"))),
+    ("drain-sparse", || Ok(drain_sparse())),
+];
 
-/// Every leaf is looked at, each page an extent of its own.
-const PAGES_AND_TICKS: &str = "extent=page,unpin_gen_threshold=0";
 const MILLION: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+/// The pages of 8 GiB.
+const SCATTERED_OVER: u64 = 8 * GIB / 4096;
+/// Pages of a run that is pinned for real.
+const RUN: u64 = 64;
 
 /// So many pages in a row, from a block's start; the next batch is some blocks on.
 fn pin_consecutive() -> Scene {
     const AT_ONCE: u64 = 8;
     const SETS: u64 = 4;
     let pages = AT_ONCE * SETS * 3 * BLOCK;
-    let bed = Bed::new(1 << 30).with_tables(0..pages);
+    let bed = Bed::new(GIB).with_tables(0..pages);
     let batch = |n: u64| bed.batch((n * 3 * BLOCK..(n * 3 + 1) * BLOCK).collect());
     let sets = leak((0..SETS).map(|set| (0..AT_ONCE).map(|n| batch(set * AT_ONCE + n)).collect()).collect());
     let contenders = pins(bed, sets, pages);
-    Scene {
-        id: "pin-consecutive",
-        what: "pin 512 consecutive pages",
-        unit: "page",
-        units: AT_ONCE * BLOCK,
-        rounds: 2000,
-        contenders,
-    }
+    Scene { what: "pin 512 consecutive pages", unit: "page", units: AT_ONCE * BLOCK, rounds: 1000, contenders }
 }
 
-/// Pages anywhere in 8 GiB, in no order, other ones each time.
+/// Pages anywhere in 8 GiB, in no order, other ones each time: their leaves are not in the nearest cache.
 fn pin_scattered() -> Scene {
     const SETS: u64 = 64;
-    let pages = (8 << 30) / 4096;
-    let bed = Bed::new(8 << 30).with_tables(0..pages);
+    let bed = Bed::new(8 * GIB).with_tables(0..SCATTERED_OVER);
     let mut random = Random(1);
-    let sets = leak((0..SETS).map(|_| vec![bed.batch(random.distinct(512, pages))]).collect());
-    let contenders = pins(bed, sets, pages);
-    Scene {
-        id: "pin-scattered",
-        what: "pin 512 pages scattered over 8 GiB",
-        unit: "page",
-        units: 512,
-        rounds: 2000,
-        contenders,
-    }
+    let sets = leak((0..SETS).map(|_| vec![bed.batch(random.distinct(512, 0, SCATTERED_OVER))]).collect());
+    let contenders = pins(bed, sets, SCATTERED_OVER);
+    Scene { what: "pin 512 pages scattered over 8 GiB", unit: "page", units: 512, rounds: 1000, contenders }
 }
 
-fn scan_busy() -> Scene {
-    let bed = Bed::new(MILLION * 4096).with_tables(0..MILLION);
-    let floor = Loads { bed, table: FlatTable::new(bed, MILLION) };
-    let contenders: Vec<(_, Box<dyn Contender>)> = vec![
-        ("ours", Box::new(TickOurs::new(bed, BUSY))),
-        ("floor", Box::new(floor)),
-        ("rival", Box::new(ScanRival::new(bed, BUSY))),
-    ];
-    Scene { id: "scan-busy", what: "scan a million busy pages", unit: "page", units: MILLION, rounds: 30, contenders }
-}
-
-fn unpin_idle() -> Scene {
-    let bed = Bed::new(MILLION * 4096).with_tables(0..MILLION);
-    let floor = Clears { bed, table: FlatTable::new(bed, MILLION) };
-    let contenders: Vec<(_, Box<dyn Contender>)> = vec![
-        ("ours", Box::new(TickOurs::new(bed, PINNED))),
-        ("floor", Box::new(floor)),
-        ("rival", Box::new(ScanRival::new(bed, PINNED))),
-    ];
-    Scene { id: "unpin-idle", what: "unpin a million idle pages", unit: "page", units: MILLION, rounds: 30, contenders }
-}
-
-type Sets = &'static [Vec<Batch>];
-
-fn leak(sets: Vec<Vec<Batch>>) -> Sets {
-    Box::leak(sets.into_boxed_slice())
-}
-
-fn pins(bed: &'static Bed, sets: Sets, pages: u64) -> Vec<(&'static str, Box<dyn Contender>)> {
+fn pins(bed: &'static Bed, sets: Sets, pages: u64) -> Contenders {
     let ours = |policy| Ours { bed, pinner: ours::pinner(bed, Arc::new(Nothing), policy), worker: Worker::default() };
-    let floor = Floor { bed, table: FlatTable::new(bed, pages) };
-    let rival = Rival::new(bed, Arc::new(Nothing));
     vec![
         ("ours", Box::new(Pins::new(bed, sets, 0, ours("extent=run")))),
-        ("floor", Box::new(Pins::new(bed, sets, 1, floor))),
-        ("rival", Box::new(Pins::new(bed, sets, 2, rival))),
+        ("floor", Box::new(Pins::new(bed, sets, 1, Floor(FlatTable::new(bed, pages))))),
+        ("rival", Box::new(Pins::new(bed, sets, 2, Rival::new(bed, Arc::new(Nothing))))),
         ("ours, extent=page", Box::new(Pins::new(bed, sets, 3, ours("extent=page")))),
     ]
 }
 
-/// What can pin batches.
-trait PinsBatches {
-    fn pin(&mut self, batch: &Batch);
-    /// Forgets all that is pinned; leaves are the caller's to clear.
-    fn empty(&mut self);
-    /// How many pages are pinned, if it knows.
-    fn pinned(&self) -> Option<u64>;
+fn scan_busy() -> Scene {
+    let pages = a_million(BUSY);
+    let floor = Loads(pages, FlatTable::new(pages.bed, MILLION));
+    let contenders: Contenders = vec![
+        ("ours", Box::new(Tick::new(pages, Arc::new(Nothing), "page"))),
+        ("floor", Box::new(floor)),
+        ("rival", Box::new(Scan::new(pages, Arc::new(Nothing)))),
+    ];
+    Scene { what: "look at a million busy pages", unit: "page", units: MILLION, rounds: 30, contenders }
 }
 
-struct Ours {
-    bed: &'static Bed,
-    pinner: Pinner<Space>,
-    worker: Worker,
+fn unpin_idle() -> Scene {
+    let pages = a_million(PINNED);
+    let floor = Clears(pages, FlatTable::new(pages.bed, MILLION));
+    let contenders: Contenders = vec![
+        ("ours", Box::new(Tick::new(pages, Arc::new(Nothing), "page"))),
+        ("floor", Box::new(floor)),
+        ("rival", Box::new(Scan::new(pages, Arc::new(Nothing)))),
+    ];
+    Scene { what: "unpin a million idle pages", unit: "page", units: MILLION, rounds: 30, contenders }
 }
 
-impl PinsBatches for Ours {
-    fn pin(&mut self, batch: &Batch) {
-        self.worker.pin(&self.pinner, batch.word);
-    }
-
-    fn empty(&mut self) {
-        ours::empty(&self.pinner, self.bed);
-    }
-
-    fn pinned(&self) -> Option<u64> {
-        Some(self.pinner.pinned_pages())
-    }
+fn a_million(entry: u32) -> Pages {
+    let bed = Bed::new(MILLION * 4096).with_tables(0..MILLION);
+    let batches = (0..MILLION).step_by(4096).map(|first| bed.batch((first..first + 4096).collect()));
+    Pages { bed, batches: leak(batches.collect()), entry }
 }
 
-impl PinsBatches for Rival<'_> {
-    fn pin(&mut self, batch: &Batch) {
-        Self::pin(self, batch.word);
-    }
-
-    fn empty(&mut self) {
-        Self::empty(self);
-    }
-
-    fn pinned(&self) -> Option<u64> {
-        Some(self.pinned_pages() as u64)
-    }
+fn uring_pin() -> io::Result<Scene> {
+    let (bed, batches) = runs();
+    let sets = leak(vec![batches]);
+    let pinner = ours::pinner(bed, registered(sets)?, "extent=run");
+    let contenders: Contenders = vec![
+        ("ours", Box::new(Pins::new(bed, sets, 0, Ours { bed, pinner, worker: Worker::default() }))),
+        ("floor", Box::new(Pins::new(bed, sets, 0, Calls::new(bed, registered(sets)?)))),
+        ("rival", Box::new(Pins::new(bed, sets, 0, Rival::new(bed, registered(sets)?)))),
+    ];
+    let units = sets[0].len() as u64 * RUN;
+    Ok(Scene { what: "pin runs of 64 pages for real (io_uring)", unit: "page", units, rounds: 200, contenders })
 }
 
-struct Floor {
-    bed: &'static Bed,
-    table: FlatTable<'static>,
+fn uring_unpin() -> io::Result<Scene> {
+    let (bed, batches) = runs();
+    let sets = leak(vec![batches]);
+    let pages = Pages { bed, batches: &sets[0], entry: PINNED };
+    let contenders: Contenders = vec![
+        ("ours", Box::new(Tick::new(pages, registered(sets)?, "run"))),
+        ("rival", Box::new(Scan::new(pages, registered(sets)?))),
+    ];
+    let units = sets[0].len() as u64 * RUN;
+    Ok(Scene { what: "unpin runs of 64 pages for real (io_uring)", unit: "page", units, rounds: 200, contenders })
 }
 
-impl PinsBatches for Floor {
-    fn pin(&mut self, batch: &Batch) {
-        self.table.set_pinned(&batch.gfns);
-    }
-
-    fn empty(&mut self) {}
-
-    fn pinned(&self) -> Option<u64> {
-        None
-    }
+/// Runs in blocks of their own, their memory there. Together less than what anybody may lock, which is 8 MiB.
+fn runs() -> (&'static Bed, Vec<Batch>) {
+    const RUNS: u64 = 16;
+    let bed = Bed::new(GIB).with_tables(0..RUNS * BLOCK);
+    let batches: Vec<_> = (0..RUNS).map(|run| bed.batch((run * BLOCK..run * BLOCK + RUN).collect())).collect();
+    batches.iter().for_each(|batch| bed.touch(&batch.gfns));
+    (bed, batches)
 }
 
-/// Pins one set of batches after the other, each into an empty pin map and clear leaves.
-struct Pins<P> {
-    bed: &'static Bed,
-    sets: Sets,
-    at: usize,
-    who: P,
+/// A mapper with room for each page of some batches by itself.
+fn registered(sets: Sets) -> io::Result<Arc<dyn DmaMapper>> {
+    let pages: usize = sets.iter().flatten().map(|batch| batch.gfns.len()).sum();
+    Ok(Arc::new(Registered::new(u32::try_from(pages).expect("few pages"))?))
 }
 
-impl<P> Pins<P> {
-    /// Contenders take turns, and each takes another set: nobody finds what the one before has just brought into the
-    /// cache.
-    fn new(bed: &'static Bed, sets: Sets, turn: usize, who: P) -> Self {
-        Self { bed, sets, at: turn * sets.len() / 4, who }
-    }
-
-    fn set(&self) -> &'static [Batch] {
-        &self.sets[self.at % self.sets.len()]
-    }
+fn threads((bed, shares): (&'static Bed, &'static [Share]), job: Job, what: &'static str) -> Scene {
+    let team = |threads| Box::new(Team::new(bed, shares, threads, job));
+    let contenders: Contenders = vec![("two threads", team(2)), ("one thread", team(1))];
+    let batches = shares.iter().flat_map(|share| &share.batches);
+    let units = batches.map(|batch| batch.gfns.len() as u64).sum();
+    Scene { what, unit: "page", units, rounds: 200, contenders }
 }
 
-impl<P: PinsBatches> Contender for Pins<P> {
-    fn prepare(&mut self) {
-        self.at += 1;
-    }
-
-    fn work(&mut self) {
-        self.set().iter().for_each(|batch| self.who.pin(batch));
-    }
-
-    fn finish(&mut self) {
-        let pages: u64 = self.set().iter().map(|batch| batch.gfns.len() as u64).sum();
-        assert!(self.who.pinned().is_none_or(|pinned| pinned == pages));
-        self.set().iter().for_each(|batch| self.bed.check(batch.gfns.iter().copied(), PINNED));
-        self.who.empty();
-        self.set().iter().for_each(|batch| self.bed.clear(batch));
-    }
+fn consecutive_shares() -> (&'static Bed, &'static [Share]) {
+    const BLOCKS: u64 = 128;
+    let bed = Bed::new(GIB).with_tables(0..2 * BLOCKS * BLOCK);
+    let share = |first: u64| Share {
+        batches: (first..first + BLOCKS).map(|no| bed.batch((no * BLOCK..(no + 1) * BLOCK).collect())).collect(),
+        gfns: first * BLOCK..(first + BLOCKS) * BLOCK,
+    };
+    (bed, leak(vec![share(0), share(BLOCKS)]))
 }
 
-/// One tick over a million pinned pages whose leaves all say the same.
-struct TickOurs {
-    bed: &'static Bed,
-    ours: Ours,
-    batches: Vec<Batch>,
-    entry: u32,
-    looked_at: u64,
-    report: TickReport,
+fn scattered_shares() -> (&'static Bed, &'static [Share]) {
+    let bed = Bed::new(8 * GIB).with_tables(0..SCATTERED_OVER);
+    let mut random = Random(2);
+    let mut share = |first: u64, end: u64| Share {
+        batches: random.distinct(16 * 512, first, end).chunks(512).map(|pages| bed.batch(pages.to_vec())).collect(),
+        gfns: first..end,
+    };
+    let middle = SCATTERED_OVER / 2;
+    (bed, leak(vec![share(0, middle), share(middle, SCATTERED_OVER)]))
 }
 
-impl TickOurs {
-    fn new(bed: &'static Bed, entry: u32) -> Self {
-        let pinner = ours::pinner(bed, Arc::new(Nothing), PAGES_AND_TICKS);
-        let ours = Ours { bed, pinner, worker: Worker::default() };
-        let batches = (0..MILLION).step_by(4096).map(|first| bed.batch((first..first + 4096).collect())).collect();
-        Self { bed, ours, batches, entry, looked_at: 0, report: TickReport::default() }
-    }
+fn drain_sparse() -> Scene {
+    const EVERY: u64 = (64 << 20) / 4096;
+    let bed = Bed::new(64 * GIB);
+    let batches = (0..64 * GIB / 4096 / EVERY).map(|n| {
+        let first = n * EVERY;
+        bed.with_tables(first..first + BLOCK);
+        bed.batch((first..first + BLOCK).collect())
+    });
+    let batches = leak(batches.collect());
+    let contenders: Contenders = vec![
+        ("ours", Box::new(Drain::new(bed, batches, Arc::new(Nothing)))),
+        ("ours, SoftIommu", Box::new(Drain::new(bed, batches, Arc::new(SoftIommu::new())))),
+    ];
+    let units = batches.len() as u64;
+    Scene { what: "drain 64 GiB with 2 MiB of every 64 MiB pinned", unit: "2 MiB", units, rounds: 100, contenders }
 }
 
-impl Contender for TickOurs {
-    fn prepare(&mut self) {
-        if self.ours.pinner.pinned_pages() != MILLION {
-            self.batches.iter().for_each(|batch| self.ours.pin(batch));
-        }
-        assert_eq!(self.ours.pinner.mappings(), MILLION);
-        self.bed.fill(0..MILLION, self.entry);
-        self.looked_at = self.ours.pinner.counters().leaves_looked_at;
-    }
-
-    fn work(&mut self) {
-        self.report = self.ours.pinner.tick(None);
-    }
-
-    fn finish(&mut self) {
-        let looked_at = self.ours.pinner.counters().leaves_looked_at - self.looked_at;
-        assert_eq!(looked_at, MILLION, "every leaf is looked at");
-        assert_eq!(self.ours.pinner.counters().anomalies, 0);
-        let unpinned = if self.entry == PINNED { MILLION } else { 0 };
-        assert!(self.report.full_round && self.report.unpinned_pages == unpinned, "{:?}", self.report);
-        assert_eq!(self.ours.pinned(), Some(MILLION - unpinned));
-        self.bed.check(0..MILLION, if self.entry == PINNED { 0 } else { self.entry });
-    }
-}
-
-/// One pass of the rival over its queue.
-struct ScanRival {
-    bed: &'static Bed,
-    rival: Rival<'static>,
-    entry: u32,
-}
-
-impl ScanRival {
-    fn new(bed: &'static Bed, entry: u32) -> Self {
-        Self { bed, rival: Rival::new(bed, Arc::new(Nothing)), entry }
-    }
-}
-
-impl Contender for ScanRival {
-    fn prepare(&mut self) {
-        if self.rival.pinned_pages() == 0 {
-            self.rival.adopt((0..MILLION).map(gfn));
-        }
-        self.bed.fill(0..MILLION, self.entry);
-    }
-
-    fn work(&mut self) {
-        self.rival.scan();
-    }
-
-    fn finish(&mut self) {
-        let left = if self.entry == PINNED { 0 } else { MILLION };
-        assert_eq!(self.rival.pinned_pages() as u64, left);
-        self.bed.check(0..MILLION, if self.entry == PINNED { 0 } else { self.entry });
-    }
-}
-
-/// Loads every leaf.
-struct Loads {
-    bed: &'static Bed,
-    table: FlatTable<'static>,
-}
-
-impl Contender for Loads {
-    fn prepare(&mut self) {
-        self.bed.fill(0..MILLION, BUSY);
-    }
-
-    fn work(&mut self) {
-        black_box(self.table.load_all());
-    }
-
-    fn finish(&mut self) {}
-}
-
-/// Clears PINNED in every leaf.
-struct Clears {
-    bed: &'static Bed,
-    table: FlatTable<'static>,
-}
-
-impl Contender for Clears {
-    fn prepare(&mut self) {
-        self.bed.fill(0..MILLION, PINNED);
-    }
-
-    fn work(&mut self) {
-        self.table.clear_all();
-    }
-
-    fn finish(&mut self) {
-        self.bed.check(0..MILLION, 0);
-    }
+fn leak<T>(list: Vec<T>) -> &'static [T] {
+    Box::leak(list.into_boxed_slice())
 }
 
 /// Numbers that look random and are the same in each run (xorshift).
@@ -333,15 +205,12 @@ impl Random {
         self.0
     }
 
-    /// So many numbers below `end`, each once, in no order.
-    fn distinct(&mut self, count: usize, end: u64) -> Vec<u64> {
-        let mut chosen = Vec::new();
-        while chosen.len() < count {
-            let number = self.next() % end;
-            if !chosen.contains(&number) {
-                chosen.push(number);
-            }
-        }
-        chosen
+    /// So many numbers of a range, each once, in no order.
+    fn distinct(&mut self, count: usize, first: u64, end: u64) -> Vec<u64> {
+        let mut chosen = HashSet::new();
+        std::iter::repeat_with(|| first + self.next() % (end - first))
+            .filter(|&number| chosen.insert(number))
+            .take(count)
+            .collect()
     }
 }
