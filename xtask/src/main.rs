@@ -1,6 +1,8 @@
 //! No shell scripts: write a task. One file a task, run as `cargo xtask TASK`.
 
 mod ci;
+mod fuzz;
+mod nightly;
 mod step;
 
 use std::path::Path;
@@ -17,10 +19,12 @@ use clap::Parser;
     after_help = "Examples:
   cargo xtask ci                everything that must hold before a merge
   cargo xtask ci fmt clippy     two steps of it
-  cargo xtask ci --list         the steps, in the order they run"
+  cargo xtask ci --list         the steps, in the order they run
+  cargo xtask fuzz --all        each fuzz target for a minute"
 )]
 enum Task {
     Ci(ci::Args),
+    Fuzz(fuzz::Args),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -31,5 +35,6 @@ fn main() -> anyhow::Result<ExitCode> {
     std::env::set_current_dir(root).with_context(|| format!("cannot enter {}", root.display()))?;
     match task {
         Task::Ci(args) => ci::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
     }
 }

@@ -1,6 +1,7 @@
 //! Guest memory that is made once and used for every input.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
@@ -12,6 +13,8 @@ use vm_memory::{
 pub struct Arena {
     regions: Vec<Arc<GuestRegionMmap>>,
     zeros: Vec<u8>,
+    /// The pieces that were shown since they were zeros.
+    used: AtomicU64,
 }
 
 impl Arena {
@@ -28,7 +31,7 @@ impl Arena {
             .map(Arc::new)
             .collect();
         let largest = regions.iter().map(|region| region.size()).max().unwrap_or(0);
-        Self { regions, zeros: vec![0; largest] }
+        Self { regions, zeros: vec![0; largest], used: AtomicU64::new(0) }
     }
 
     /// The pieces, in the order of their places.
@@ -43,7 +46,7 @@ impl Arena {
     ///
     /// Never: the zeros are as many as the largest piece.
     pub fn wipe(&self) {
-        for region in &self.regions {
+        for region in self.pieces(self.used.swap(0, Relaxed)) {
             region.write_slice(&self.zeros[..region.size()], MemoryRegionAddress(0)).expect("it fits");
         }
     }
@@ -51,9 +54,13 @@ impl Arena {
     /// Memory of the pieces whose bit is set.
     #[must_use]
     pub fn show(&self, pieces: u64) -> GuestMemoryMmap {
-        let shown = self.regions.iter().enumerate().filter(|(n, _)| pieces >> n & 1 == 1);
+        self.used.fetch_or(pieces, Relaxed);
         // Without any, there is no memory at all.
-        GuestMemoryMmap::from_arc_regions(shown.map(|(_, region)| Arc::clone(region)).collect()).unwrap_or_default()
+        GuestMemoryMmap::from_arc_regions(self.pieces(pieces).cloned().collect()).unwrap_or_default()
+    }
+
+    fn pieces(&self, bits: u64) -> impl Iterator<Item = &Arc<GuestRegionMmap>> {
+        self.regions.iter().enumerate().filter(move |(n, _)| bits >> n & 1 == 1).map(|(_, region)| region)
     }
 }
 

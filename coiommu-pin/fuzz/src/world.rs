@@ -256,7 +256,7 @@ impl<'p> World<'p> {
 
     /// What holds at the end: every request is answered, and nothing stays mapped.
     pub(crate) fn end(mut self) {
-        for request in std::mem::take(&mut self.requests) {
+        while let Some(request) = self.requests.pop_front() {
             self.serve_to_end(request);
             self.check();
         }
