@@ -171,7 +171,7 @@ fn enter_table<W: Word64>(word: &W, pages: &impl TablePages) -> Result<Gpa, Gues
         Ok(_) => Ok(page),
         Err(raw) => {
             pages.free(page);
-            DirectoryEntry::read(word).table().ok_or(GuestError::BadDirectory(raw))
+            DirectoryEntry::from_raw(raw).table().ok_or(GuestError::BadDirectory(raw))
         }
     }
 }

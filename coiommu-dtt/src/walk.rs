@@ -28,6 +28,11 @@ impl DirectoryEntry {
         self.0
     }
 
+    /// The entry with this value.
+    pub(crate) const fn from_raw(raw: u64) -> Self {
+        Self(raw)
+    }
+
     /// Reads an entry once. Acquire pairs with the release by which a guest enters a table it has zeroed.
     pub(crate) fn read<W: Word64>(word: &W) -> Self {
         Self(word.load(Acquire))

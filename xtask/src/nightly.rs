@@ -1,21 +1,61 @@
-//! The nightly toolchain for what stable cannot do, and its components.
+//! The one nightly toolchain that tasks use where stable Rust has no way, and the tools that are built for it.
 
-use anyhow::Context as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, ensure};
 
 use crate::step;
 
-/// Pinned by its date, so that a new nightly surprises nobody.
-pub(crate) const TOOLCHAIN: &str = "nightly-2026-10-01";
+/// Pinned, so that what passes today passes tomorrow. Newer is not always better: see that `cargo xtask miri` and
+/// `cargo xtask fuzz --all` still work before you change it.
+const TOOLCHAIN: &str = "nightly-2026-10-01";
 
-/// Installs the toolchain with a component, if they are not there.
-pub(crate) fn install(component: &str) -> anyhow::Result<()> {
-    let installed = step::output(&format!("rustup component list --installed --toolchain {TOOLCHAIN}"));
-    // Of a toolchain that is not there, none are. Most have the host's name behind theirs.
-    if installed.is_ok_and(|list| list.lines().any(|line| line.starts_with(component))) {
+/// Where tools are installed that are not part of a toolchain.
+const TOOLS: &str = "target/tools";
+
+/// Sees to it that the toolchain is there, with these components of rustup.
+pub(crate) fn install(components: &[&str]) -> anyhow::Result<()> {
+    let installed = step::output("rustup toolchain list").context("this task needs rustup")?;
+    let is_there = installed.lines().any(|line| line.starts_with(TOOLCHAIN)) && {
+        let listed = step::output(&format!("rustup component list --installed --toolchain {TOOLCHAIN}"))?;
+        components.iter().all(|component| listed.lines().any(|line| line.starts_with(component)))
+    };
+    if is_there {
         return Ok(());
     }
-    step::run(&format!(
-        "rustup toolchain install {TOOLCHAIN} --profile minimal --component {component} --no-self-update"
-    ))
-    .context("this task needs rustup")
+    let components: String = components.iter().map(|component| format!(" -c {component}")).collect();
+    step::run(&format!("rustup toolchain install {TOOLCHAIN} --profile minimal --no-self-update{components}"))
+}
+
+/// A command of the toolchain, from a line cut at spaces.
+pub(crate) fn command(line: &str) -> Command {
+    let mut command = step::command(&format!("rustup run {TOOLCHAIN} {line}"));
+    // Cargo sets these for what it runs, us; they are of another toolchain.
+    for inherited in ["CARGO", "RUSTC", "RUSTDOC", "RUSTUP_TOOLCHAIN"] {
+        command.env_remove(inherited);
+    }
+    command
+}
+
+/// The host that the toolchain builds for.
+pub(crate) fn host() -> anyhow::Result<String> {
+    let output = command("rustc -vV").output().context("cannot ask rustc for its host")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let host = text.lines().find_map(|line| line.strip_prefix("host: "));
+    host.map(str::to_owned).context("rustc does not tell its host")
+}
+
+/// The program of a crate, at this version, installed if it is not.
+pub(crate) fn tool(name: &str, version: &str) -> anyhow::Result<PathBuf> {
+    let program = Path::new(TOOLS).join("bin").join(name);
+    let line = format!("{} --version", program.display());
+    let is_there = program.exists() && step::output(&line)?.split_whitespace().any(|word| word == version);
+    if !is_there {
+        let line = format!("cargo install {name} --version ={version} --locked --root {TOOLS}");
+        // Its own folder for builds: ours may be shared, and is not to be cleaned for it.
+        step::finish(step::command(&line).env("CARGO_TARGET_DIR", "target/tools/build"), &line)?;
+    }
+    ensure!(program.exists(), "{name} is installed, but not as {}", program.display());
+    Ok(program)
 }

@@ -18,16 +18,15 @@ pub(crate) struct Args {
 const REPORTED: u8 = 66;
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    nightly::install("rust-src")?;
+    nightly::install(&["rust-src"])?;
     let host = host()?;
     // std too: what it does to locks and channels is invisible to the sanitizer otherwise. A target that is named, so that
     // build scripts and macros, which run in the compiler, are built without.
     let line = format!(
-        "rustup run {} cargo test -Zbuild-std --target {host} --target-dir target/tsan --locked \
-         --package coiommu-pin --test stress -- --nocapture",
-        nightly::TOOLCHAIN
+        "cargo test -Zbuild-std --target {host} --target-dir target/tsan --locked \
+         --package coiommu-pin --test stress -- --nocapture"
     );
-    let mut command = step::command(&line);
+    let mut command = nightly::command(&line);
     command
         .env("RUSTFLAGS", "-Zsanitizer=thread")
         .env("TSAN_OPTIONS", format!("halt_on_error=0:exitcode={REPORTED}:history_size=7"))

@@ -1,0 +1,13 @@
+//! Fuzzing the tables: what a guest can write into them, and change while they are walked.
+//!
+//! A target is a plain function from bytes, [`walk`]: a fuzzer calls it with what it makes up (`cargo xtask fuzz walk`), a
+//! test with the inputs in `corpus/`. The [`Arena`] that the tables lie in and the [`Scribbler`] that writes there
+//! meanwhile are the fuzz targets' of the crates above, too.
+
+mod arena;
+mod scribbler;
+mod walk;
+
+pub use arena::Arena;
+pub use scribbler::{Scribbler, Scribbling, Write};
+pub use walk::{PAGES, PLACES, walk};

@@ -1,0 +1,13 @@
+//! `cargo xtask fuzz request`; without a fuzzer, a program that runs the inputs in the files it is given.
+#![cfg_attr(fuzzing, no_main)]
+
+#[cfg(fuzzing)]
+libfuzzer_sys::fuzz_target!(|input: &[u8]| coiommu_pin_fuzz::request(input));
+
+#[cfg(not(fuzzing))]
+fn main() -> std::io::Result<()> {
+    for file in std::env::args_os().skip(1) {
+        coiommu_pin_fuzz::request(&std::fs::read(file)?);
+    }
+    Ok(())
+}
