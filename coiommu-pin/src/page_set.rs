@@ -40,11 +40,6 @@ impl PageSet {
         self.0.get(page / WORD_PAGES).is_some_and(|word| word >> (page % WORD_PAGES) & 1 == 1)
     }
 
-    /// Whether every page of the range is in the set.
-    pub(crate) fn contains_all(&self, pages: Range<usize>) -> bool {
-        self.first_outside(pages.start) >= pages.end
-    }
-
     pub(crate) fn is_empty(&self) -> bool {
         self.0.iter().all(|&word| word == 0)
     }
@@ -241,7 +236,6 @@ mod tests {
             prop_assert_eq!(set.gap_in(low..high), gap);
             prop_assert_eq!(set.first_from(low), a.range(low..).next().copied());
             prop_assert_eq!(plain(PageSet::range(low..high)), (low..high).collect());
-            prop_assert_eq!(set.contains_all(low..high), (low..high).all(|page| a.contains(&page)));
             prop_assert_eq!(a.iter().all(|&page| set.contains(page)), true);
             let runs: Vec<_> = set.runs().collect();
             prop_assert_eq!(runs.iter().cloned().flatten().collect::<BTreeSet<_>>(), a.clone());

@@ -112,13 +112,13 @@ impl Holds {
         self.count.store(list.held.len(), Release);
     }
 
-    /// The pages of a block that are held. Called under its lock.
-    pub(super) fn pages_of(&self, no: BlockNo) -> PageSet {
+    /// The pages of a block that are held; `None` if there are no holds at all. Called under its lock.
+    pub(super) fn pages_of(&self, no: BlockNo) -> Option<PageSet> {
         if self.count.load(Acquire) == 0 {
-            return PageSet::EMPTY;
+            return None;
         }
         let list = self.list.lock();
-        list.held.iter().fold(PageSet::EMPTY, |pages, (_, gfns)| pages | no.pages_in(gfns))
+        Some(list.held.iter().fold(PageSet::EMPTY, |pages, (_, gfns)| pages | no.pages_in(gfns)))
     }
 }
 

@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::ops::Range;
 use std::time::Duration;
 
+use coiommu_dtt::memory::Word32;
 use coiommu_dtt::walk::WalkError;
 use coiommu_dtt::{Dtt, Gfn, Leaf, LeafTable, RequestWord, TableMemory, Walker};
 
@@ -320,24 +321,62 @@ impl<'s, S: TableSpace> Serving<'s, S> {
             }
             Err(_) => return Outcome::Failed(share.gfns.len() as u64),
         };
+        let held = self.pinner.holds.pages_of(place.no);
+        let mut mapping = Mapping { place, held, failed: PageSet::EMPTY, is_short: false };
+        // Most shares are one run of pages of which none is mapped: that goes without sets.
+        if let Some(run) = self.is_new_run(&mapping, &block, share.gfns) {
+            self.map_gap(&mut mapping, &mut block, run.clone());
+            if mapping.is_complete() && !self.times.is_over() {
+                leaves_of(table, place.no, run).for_each(Leaf::set_pinned);
+                return Outcome::Pinned;
+            }
+            let before = *block.mapped() - PageSet::range(run);
+            return self.end_share(&mapping, &mut block, table, share.gfns, before);
+        }
         let before = *block.mapped();
-        let outcome = self.map_missing(place, &mut block, share.gfns);
+        self.map_missing(&mut mapping, &mut block, share.gfns);
+        self.end_share(&mapping, &mut block, table, share.gfns, before)
+    }
+
+    /// The one run that a share consists of, if none of it is mapped or held and no more than it is to be mapped.
+    fn is_new_run(&self, mapping: &Mapping<'_, 's, Words<S>>, block: &Block, gfns: &[u64]) -> Option<Range<usize>> {
+        if mapping.held.is_some() || self.speculates() {
+            return None;
+        }
+        let run = runs(gfns).next().filter(|run| run.len() == gfns.len())?;
+        (block.mapped().gap_in(run.clone())? == run).then_some(run)
+    }
+
+    /// Whether more may be mapped than is asked for.
+    fn speculates(&self) -> bool {
+        matches!(self.pinner.config.policy.extent, ExtentPolicy::Aligned(_))
+    }
+
+    /// Sets PINNED on what is mapped of a share, and on what was mapped with it; or takes it back, if it took too long.
+    fn end_share(
+        &self,
+        mapping: &Mapping<'_, 's, Words<S>>,
+        block: &mut Block,
+        table: LeafTable<'s, Words<S>>,
+        gfns: &[u64],
+        before: PageSet,
+    ) -> Outcome {
+        let no = mapping.place.no;
+        let new = *block.mapped() - before;
         if self.times.is_over() {
             // The table may be somebody else's by now. What cannot be unmapped stays in the pin map, as it must.
-            let new = *block.mapped() - before;
-            let _unmapped = self.pinner.unmap_extents(place.no, &mut block, new);
+            let _unmapped = self.pinner.unmap_extents(no, block, new);
             return Outcome::TimedOut;
         }
-        let speculates = matches!(self.pinner.config.policy.extent, ExtentPolicy::Aligned(_));
-        if speculates {
-            for page in (*block.mapped() - before).pages() {
-                table.leaf(place.no.gfn(page)).set_pinned();
-            }
+        for run in new.runs() {
+            leaves_of(table, no, run).for_each(Leaf::set_pinned);
         }
-        for run in runs(share.gfns) {
-            set_pinned(table, place.no, run, &before, block.mapped(), speculates);
+        let wanted = wanted(gfns);
+        for run in (wanted & before).runs() {
+            // It mostly says so already, and a look is cheaper than a write.
+            leaves_of(table, no, run).filter(|leaf| !leaf.is_pinned()).for_each(Leaf::set_pinned);
         }
-        outcome
+        self.what_is_missing(mapping, wanted - *block.mapped())
     }
 
     /// What becomes of pages that are in no region.
@@ -347,34 +386,23 @@ impl<'s, S: TableSpace> Serving<'s, S> {
     }
 
     /// Maps those pages of a share that are not mapped. One that fails does not spoil the others.
-    fn map_missing(&mut self, place: &Place<'s, Words<S>>, block: &mut Block, gfns: &[u64]) -> Outcome {
-        let held = self.pinner.holds.pages_of(place.no);
-        let mut mapping = Mapping { place, held: &held, failed: PageSet::EMPTY, is_short: false };
+    fn map_missing(&mut self, mapping: &mut Mapping<'_, 's, Words<S>>, block: &mut Block, gfns: &[u64]) {
         for run in runs(gfns) {
             let mut at = run.start;
             while let Some(gap) = block.mapped().gap_in(at..run.end) {
                 at = gap.end;
-                if held.is_empty() {
-                    self.map_gap(&mut mapping, block, gap);
-                } else {
-                    let free = PageSet::range(gap) - held;
-                    free.runs().for_each(|gap| self.map_gap(&mut mapping, block, gap));
+                match mapping.held {
+                    None => self.map_gap(mapping, block, gap),
+                    Some(held) => (PageSet::range(gap) - held).runs().for_each(|gap| self.map_gap(mapping, block, gap)),
                 }
             }
         }
-        let Mapping { failed, is_short, .. } = mapping;
-        if held.is_empty() && failed.is_empty() && !is_short {
-            return Outcome::Pinned;
-        }
-        self.what_is_missing(block, gfns, is_short, failed | held)
     }
 
-    /// Counts the pages of a share that are not mapped, after something went wrong.
-    fn what_is_missing(&self, block: &Block, gfns: &[u64], is_short: bool, failed: PageSet) -> Outcome {
-        let mut wanted = PageSet::EMPTY;
-        runs(gfns).for_each(|run| wanted.insert(run));
-        let missing = wanted - *block.mapped();
-        let short = if is_short { missing - failed } else { PageSet::EMPTY };
+    /// What became of a share of which some pages are not mapped.
+    fn what_is_missing(&self, mapping: &Mapping<'_, 's, Words<S>>, missing: PageSet) -> Outcome {
+        let may_be_short = missing - mapping.failed - mapping.held.unwrap_or_default();
+        let short = if mapping.is_short { may_be_short } else { PageSet::EMPTY };
         let failed = (missing - short).len();
         if short.is_empty() {
             return if failed == 0 { Outcome::Pinned } else { Outcome::Failed(failed) };
@@ -427,7 +455,8 @@ impl<'s, S: TableSpace> Serving<'s, S> {
     ) -> bool {
         let start = page - page % pages;
         let ram = mapping.place.no.pages_in(&mapping.place.bank.region.gfns());
-        let free = (ram - *block.mapped() - *mapping.held) & PageSet::range(start..start + pages);
+        let taken = *block.mapped() | mapping.held.unwrap_or_default();
+        let free = (ram - taken) & PageSet::range(start..start + pages);
         self.map_extent(mapping, block, free.run_around(page)).is_ok()
     }
 
@@ -459,11 +488,19 @@ impl<'s, S: TableSpace> Serving<'s, S> {
 /// The mapping of a share's missing pages while it is under way.
 struct Mapping<'a, 's, W> {
     place: &'a Place<'s, W>,
-    held: &'a PageSet,
+    /// The pages of the block that are held, if there are holds anywhere.
+    held: Option<PageSet>,
     /// Pages that cannot be mapped, whatever room there is.
     failed: PageSet,
     /// There is no room: nothing more is tried.
     is_short: bool,
+}
+
+impl<W> Mapping<'_, '_, W> {
+    /// Whether nothing went wrong so far.
+    fn is_complete(&self) -> bool {
+        !self.is_short && self.failed.is_empty()
+    }
 }
 
 /// The runs of adjacent pages among sorted gfns of one block, as indexes in the block.
@@ -480,25 +517,15 @@ fn runs(gfns: &[u64]) -> impl Iterator<Item = Range<usize>> {
     })
 }
 
-/// Sets PINNED on those pages of a run that are mapped. Where a page was mapped before, or got its PINNED with others, it
-/// mostly says so already, and a look is cheaper than a write.
-fn set_pinned<W: coiommu_dtt::memory::Word32>(
-    table: LeafTable<'_, W>,
-    no: BlockNo,
-    run: Range<usize>,
-    before: &PageSet,
-    mapped: &PageSet,
-    look_first: bool,
-) {
+/// The pages of a share.
+fn wanted(gfns: &[u64]) -> PageSet {
+    let mut wanted = PageSet::EMPTY;
+    runs(gfns).for_each(|run| wanted.insert(run));
+    wanted
+}
+
+/// The leaves of a run of a block's pages.
+fn leaves_of<W: Word32>(table: LeafTable<'_, W>, no: BlockNo, run: Range<usize>) -> impl Iterator<Item = Leaf<'_, W>> {
     let first = no.gfn(run.start).leaf_index();
-    let leaves = table.words().get(first..first + run.len()).unwrap_or_default().iter().map(Leaf::new);
-    if !look_first && before.gap_in(run.clone()) == Some(run.clone()) && mapped.contains_all(run.clone()) {
-        leaves.for_each(Leaf::set_pinned);
-        return;
-    }
-    for (leaf, page) in leaves.zip(run) {
-        if mapped.contains(page) && !leaf.is_pinned() {
-            leaf.set_pinned();
-        }
-    }
+    table.words().get(first..first + run.len()).unwrap_or_default().iter().map(Leaf::new)
 }
