@@ -102,7 +102,7 @@ impl Gfn {
     }
 
     /// The frame's entry in its directory at `level` (2 or more), below [`DIRECTORY_ENTRIES`].
-    const fn directory_index(self, level: u32) -> usize {
+    pub(crate) const fn directory_index(self, level: u32) -> usize {
         low_bits(self.0 >> (LEAF_BITS + DIRECTORY_BITS * (level - 2)), DIRECTORY_BITS)
     }
 }
@@ -159,6 +159,11 @@ impl Levels {
     pub fn cover(self, gfn: Gfn) -> bool {
         let bits = LEAF_BITS + DIRECTORY_BITS * (u32::from(self.0) - 1);
         gfn.raw() >> bits == 0
+    }
+
+    /// Whether there is anything above the leaf tables.
+    pub(crate) const fn have_directories(self) -> bool {
+        self.0 > 1
     }
 
     /// The directories on the way to `gfn`, from the root down: each one's level and the index of the entry to follow.

@@ -162,6 +162,7 @@ impl<'m, M: TableMemory + ?Sized> Walker<'m, M> {
     /// # Errors
     ///
     /// [`WalkError`] says where the way ended.
+    #[inline]
     pub fn leaf_table(&mut self, gfn: Gfn) -> Result<LeafTable<'m, M::U32>, WalkError> {
         let place = gfn.leaf_table();
         if let Some((_, table)) = self.leaves.filter(|(last, _)| *last == place) {
@@ -171,9 +172,11 @@ impl<'m, M: TableMemory + ?Sized> Walker<'m, M> {
         if !levels.cover(gfn) {
             return Err(WalkError::Beyond { gfn, levels });
         }
-        let at = match levels.path(gfn).last() {
-            Some((level, index)) => self.directory(gfn)?.table(index).ok_or(WalkError::NotPresent { gfn, level })?,
-            None => self.dtt.root,
+        let at = if levels.have_directories() {
+            let directory = self.directory(gfn)?;
+            directory.table(gfn.directory_index(2)).ok_or(WalkError::NotPresent { gfn, level: 2 })?
+        } else {
+            self.dtt.root
         };
         let table = self.leaves_at(at)?;
         self.leaves = Some((place, table));

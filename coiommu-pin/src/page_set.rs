@@ -24,8 +24,8 @@ impl PageSet {
     pub(crate) fn insert(&mut self, pages: Range<usize>) {
         let mut at = pages.start;
         while at < pages.end.min(BLOCK_PAGES) {
-            let end = pages.end.min(at - at % WORD_PAGES + WORD_PAGES);
-            self.0[at / WORD_PAGES] |= (!0 >> (WORD_PAGES - (end - at))) << (at % WORD_PAGES);
+            let (word, bits, end) = word_of(at, pages.end);
+            self.0[word] |= bits;
             at = end;
         }
     }
@@ -91,6 +91,20 @@ impl PageSet {
         BLOCK_PAGES
     }
 
+    /// Whether no page of a range is in the set.
+    #[inline]
+    pub(crate) fn has_none_of(&self, pages: Range<usize>) -> bool {
+        let mut at = pages.start;
+        while at < pages.end.min(BLOCK_PAGES) {
+            let (word, bits, end) = word_of(at, pages.end);
+            if self.0[word] & bits != 0 {
+                return false;
+            }
+            at = end;
+        }
+        true
+    }
+
     /// The first run of pages of a range that are not in the set.
     pub(crate) fn gap_in(&self, pages: Range<usize>) -> Option<Range<usize>> {
         let start = self.first_outside(pages.start);
@@ -150,6 +164,13 @@ impl PageSet {
         }
         Self(words)
     }
+}
+
+/// The word of a page below 512, the bits in it of the pages from that page to `end`, and the first page after them.
+#[inline]
+fn word_of(page: usize, end: usize) -> (usize, u64, usize) {
+    let end = end.min(page - page % WORD_PAGES + WORD_PAGES);
+    (page / WORD_PAGES, (!0 >> (WORD_PAGES - (end - page))) << (page % WORD_PAGES), end)
 }
 
 impl BitAnd for PageSet {
@@ -231,6 +252,7 @@ mod tests {
             prop_assert_eq!(set.last(), a.last().copied());
             prop_assert_eq!(plain(set.one_down()), (0..BLOCK_PAGES).filter(|page| *page == 511 || a.contains(&(page + 1))).collect());
             prop_assert_eq!(set.first_outside(low), (low..BLOCK_PAGES).find(|page| !a.contains(page)).unwrap_or(BLOCK_PAGES));
+            prop_assert_eq!(set.has_none_of(low..high), a.range(low..high).next().is_none());
             let gap = (low..high).find(|page| !a.contains(page));
             let gap = gap.map(|start| start..a.range(start..high).next().copied().unwrap_or(high));
             prop_assert_eq!(set.gap_in(low..high), gap);

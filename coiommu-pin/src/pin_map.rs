@@ -67,12 +67,13 @@ pub struct Extent {
 
 /// The books of one block.
 #[derive(Debug, Default)]
+#[repr(C)]
 pub(crate) struct Block {
+    /// The round in which something was last mapped or unmapped here. First, as the lock is: they share a cache line.
+    changed: u32,
     mapped: PageSet,
     /// The first pages of extents.
     heads: PageSet,
-    /// The round in which something was last mapped or unmapped here.
-    changed: u32,
 }
 
 impl Block {

@@ -113,12 +113,14 @@ impl Holds {
     }
 
     /// The pages of a block that are held; `None` if there are no holds at all. Called under its lock.
+    #[inline]
     pub(super) fn pages_of(&self, no: BlockNo) -> Option<PageSet> {
-        if self.count.load(Acquire) == 0 {
-            return None;
-        }
+        if self.count.load(Acquire) == 0 { None } else { Some(self.listed_pages_of(no)) }
+    }
+
+    fn listed_pages_of(&self, no: BlockNo) -> PageSet {
         let list = self.list.lock();
-        Some(list.held.iter().fold(PageSet::EMPTY, |pages, (_, gfns)| pages | no.pages_in(gfns)))
+        list.held.iter().fold(PageSet::EMPTY, |pages, (_, gfns)| pages | no.pages_in(gfns))
     }
 }
 

@@ -8,7 +8,7 @@ use std::ops::Range;
 use coiommu_dtt::PAGE_SIZE;
 
 use super::Pinner;
-use crate::mapper::MapError;
+use crate::mapper::{Backing, MapError};
 use crate::page_set::{BLOCK_PAGES, PageSet};
 use crate::pin_map::{Block, BlockNo, Totals};
 use crate::region::RamRegion;
@@ -83,6 +83,7 @@ impl<S: TableSpace> Pinner<S> {
     /// # Errors
     ///
     /// [`MapError`]; nothing was mapped or entered. A quota that is used up is [`MapError::NoMemory`].
+    #[inline]
     pub(super) fn map_extent(
         &self,
         no: BlockNo,
@@ -97,30 +98,31 @@ impl<S: TableSpace> Pinner<S> {
         if !tally.reserve(count) {
             return Err(MapError::NoMemory);
         }
-        let (iova, len) = (first.gpa().raw(), count * PAGE_SIZE);
-        let mut call = || {
-            tally.calls += 1;
-            // SAFETY: the region vouches for its memory as long as it lives. It lives until everything of it is unmapped:
-            // the table of regions keeps it, present or leaving, until its blocks, one of which is locked here, were
-            // cleared under their locks; what cannot be unmapped is kept, and leaked at the end.
-            unsafe { self.mapper.map(iova, backing, len) }
-        };
-        let mut result = call();
+        let iova = first.gpa().raw();
+        let mut result = self.call_map(iova, backing, count, tally);
         if result == Err(MapError::Exists) {
             // The pin map has nothing here, so nothing may be mapped here: out with it, and once more.
-            self.note_anomaly(|| format!("{len:#x} bytes at {iova:#x} were mapped behind the pin map's back"));
+            self.note_anomaly(|| format!("some of {count} pages at {iova:#x} were mapped behind the pin map's back"));
             if self.call_unmap(&pages, no).is_ok() {
-                result = call();
+                result = self.call_map(iova, backing, count, tally);
             }
         }
-        match result {
-            Ok(()) => {
-                block.enter(pages, self.round());
-                tally.mapped(count);
-            }
-            Err(_) => tally.failed(count),
+        if result.is_ok() {
+            block.enter(pages, self.round());
+            tally.mapped(count);
+        } else {
+            tally.failed(count);
         }
         result
+    }
+
+    #[inline]
+    fn call_map(&self, iova: u64, backing: Backing<'_>, pages: u64, tally: &mut Tally<'_>) -> Result<(), MapError> {
+        tally.calls += 1;
+        // SAFETY: the region vouches for its memory as long as it lives. It lives until everything of it is unmapped: the
+        // table of regions keeps it, present or leaving, until its blocks, one of which is locked here, were cleared under
+        // their locks; what cannot be unmapped is kept, and leaked at the end.
+        unsafe { self.mapper.map(iova, backing, pages * PAGE_SIZE) }
     }
 
     /// Unmaps whole extents and takes them out of the pin map. What lies between two of them unmapped goes in one call.

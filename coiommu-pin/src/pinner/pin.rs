@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::ops::Range;
 use std::time::Duration;
 
+use arrayvec::ArrayVec;
 use coiommu_dtt::memory::Word32;
 use coiommu_dtt::walk::WalkError;
 use coiommu_dtt::{Dtt, Gfn, Leaf, LeafTable, RequestWord, TableMemory, Walker};
@@ -24,6 +25,8 @@ use crate::sync::Mutex;
 
 /// So many blocks are looked up before the first of them is served, so that the misses of their leaves overlap.
 const BLOCKS_AHEAD: usize = 16;
+/// So many leaves of each are asked for; where there are more, they are mostly neighbours.
+const LEAVES_AHEAD: usize = 4;
 
 /// What to do after a piece of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,7 +111,16 @@ struct Place<'s, W> {
     no: BlockNo,
     bank: &'s Bank,
     block: &'s Mutex<Block>,
-    leaves: Result<LeafTable<'s, W>, WalkError>,
+    leaves: Result<LeafTable<'s, W>, NoLeaves>,
+}
+
+/// Why a place has no leaves.
+#[derive(Clone, Copy)]
+enum NoLeaves {
+    /// Their table is where there is no RAM now.
+    Absent,
+    /// There is no table.
+    Never,
 }
 
 /// One step of a request, and what it works with.
@@ -235,18 +247,18 @@ impl<'s, S: TableSpace> Serving<'s, S> {
     /// Pins the pages of a sorted piece, until its end or a time's.
     fn pin_piece(&mut self, made_room: &mut bool, mut rest: &[u64]) -> Piece {
         let mut piece = Piece::default();
+        let mut shares = ArrayVec::<_, BLOCKS_AHEAD>::new();
         while !rest.is_empty() {
-            let shares: [_; BLOCKS_AHEAD] = std::array::from_fn(|_| {
-                let (share, after) = self.next_share(rest)?;
+            while let (false, Some((share, after))) = (shares.is_full(), self.next_share(rest)) {
+                shares.push(share);
                 rest = after;
-                Some(share)
-            });
-            for share in shares.into_iter().flatten() {
+            }
+            for share in &shares {
                 if piece.served > 0 && self.times.is_pause() {
                     return piece;
                 }
                 piece.served += share.gfns.len();
-                match self.pin_share_with_room(&share, made_room) {
+                match self.pin_share_with_room(share, made_room) {
                     Outcome::Pinned => {}
                     Outcome::Failed(failed) => piece.failed += failed,
                     Outcome::Short { failed, short } => piece.failed += failed + short.pages,
@@ -260,6 +272,7 @@ impl<'s, S: TableSpace> Serving<'s, S> {
                     }
                 }
             }
+            shares.clear();
         }
         piece
     }
@@ -278,18 +291,24 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         let end = block_end.min(region_end);
         let len = gfns.iter().take_while(|&&gfn| gfn < end).count();
         let (gfns, rest) = gfns.split_at(len.max(1));
-        Some((Share { gfns, place: self.place(first) }, rest))
+        Some((Share { gfns, place: self.place(gfns) }, rest))
     }
 
-    /// The block and the leaves of a page of the last region looked up.
-    fn place(&mut self, first: u64) -> Option<Place<'s, Words<S>>> {
+    /// The block and the leaves of some pages of the last region looked up. The cache begins to fetch both.
+    fn place(&mut self, gfns: &[u64]) -> Option<Place<'s, Words<S>>> {
+        let &first = gfns.first()?;
         let bank = self.bank?;
         let block = bank.books.block(first)?;
         let gfn = Gfn::new(first)?;
-        let leaves = self.walker.leaf_table(gfn);
+        let leaves = self.walker.leaf_table(gfn).map_err(|error| match error {
+            WalkError::Unreadable(_) if self.regions.any_absent() => NoLeaves::Absent,
+            _ => NoLeaves::Never,
+        });
         prefetch(block);
         if let Ok(table) = leaves {
-            prefetch(&table.words()[gfn.leaf_index()]);
+            for gfn in gfns.iter().take(LEAVES_AHEAD).filter_map(|&gfn| Gfn::new(gfn)) {
+                prefetch(&table.words()[gfn.leaf_index()]);
+            }
         }
         Some(Place { no: BlockNo::of(gfn), bank, block, leaves })
     }
@@ -316,35 +335,56 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         let mut block = place.block.lock();
         let table = match place.leaves {
             Ok(table) => table,
-            Err(WalkError::Unreadable(_)) if self.regions.any_absent() => {
-                return Outcome::Absent { absent: share.gfns.len() as u64, failed: 0 };
-            }
-            Err(_) => return Outcome::Failed(share.gfns.len() as u64),
+            Err(NoLeaves::Absent) => return Outcome::Absent { absent: share.gfns.len() as u64, failed: 0 },
+            Err(NoLeaves::Never) => return Outcome::Failed(share.gfns.len() as u64),
         };
         let held = self.pinner.holds.pages_of(place.no);
-        let mut mapping = Mapping { place, held, failed: PageSet::EMPTY, is_short: false };
-        // Most shares are one run of pages of which none is mapped: that goes without sets.
-        if let Some(run) = self.is_new_run(&mapping, &block, share.gfns) {
-            self.map_gap(&mut mapping, &mut block, run.clone());
-            if mapping.is_complete() && !self.times.is_over() {
-                leaves_of(table, place.no, run).for_each(Leaf::set_pinned);
-                return Outcome::Pinned;
-            }
-            let before = *block.mapped() - PageSet::range(run);
-            return self.end_share(&mapping, &mut block, table, share.gfns, before);
+        // Most shares are one run of pages of which none is mapped.
+        if let Some(run) = whole_run(share.gfns).filter(|_| held.is_none() && !self.speculates())
+            && block.mapped().has_none_of(run.clone())
+        {
+            return self.pin_new_run(place, &mut block, table, share.gfns, run);
         }
         let before = *block.mapped();
+        let mut mapping = Mapping { place, held, failed: PageSet::EMPTY, is_short: false };
         self.map_missing(&mut mapping, &mut block, share.gfns);
         self.end_share(&mapping, &mut block, table, share.gfns, before)
     }
 
-    /// The one run that a share consists of, if none of it is mapped or held and no more than it is to be mapped.
-    fn is_new_run(&self, mapping: &Mapping<'_, 's, Words<S>>, block: &Block, gfns: &[u64]) -> Option<Range<usize>> {
-        if mapping.held.is_some() || self.speculates() {
-            return None;
+    /// Pins a share that is one run of pages of which none is mapped, held, or to be mapped together with others.
+    fn pin_new_run(
+        &mut self,
+        place: &Place<'s, Words<S>>,
+        block: &mut Block,
+        table: LeafTable<'s, Words<S>>,
+        gfns: &[u64],
+        run: Range<usize>,
+    ) -> Outcome {
+        let pages = if self.pinner.config.policy.extent == ExtentPolicy::Page { 1 } else { run.len() };
+        let mut at = run.start;
+        while at < run.end {
+            let tried = at..at + pages;
+            at = tried.end;
+            if let Err(error) = self.map_extent(place, block, tried.clone()) {
+                let mut mapping = Mapping { place, held: None, failed: PageSet::EMPTY, is_short: false };
+                self.refused(&mut mapping, block, tried, error);
+                self.map_gap(&mut mapping, block, at..run.end);
+                let before = *block.mapped() - PageSet::range(run);
+                return self.end_share(&mapping, block, table, gfns, before);
+            }
         }
-        let run = runs(gfns).next().filter(|run| run.len() == gfns.len())?;
-        (block.mapped().gap_in(run.clone())? == run).then_some(run)
+        if self.times.is_over() {
+            return self.take_back(place.no, block, PageSet::range(run));
+        }
+        leaves_of(table, place.no, run).for_each(Leaf::set_pinned);
+        Outcome::Pinned
+    }
+
+    /// Unmaps pages that were mapped too late: the table may be somebody else's by now. What cannot be unmapped stays in the
+    /// pin map, as it must.
+    fn take_back(&self, no: BlockNo, block: &mut Block, new: PageSet) -> Outcome {
+        let _unmapped = self.pinner.unmap_extents(no, block, new);
+        Outcome::TimedOut
     }
 
     /// Whether more may be mapped than is asked for.
@@ -362,20 +402,26 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         before: PageSet,
     ) -> Outcome {
         let no = mapping.place.no;
-        let new = *block.mapped() - before;
         if self.times.is_over() {
-            // The table may be somebody else's by now. What cannot be unmapped stays in the pin map, as it must.
-            let _unmapped = self.pinner.unmap_extents(no, block, new);
-            return Outcome::TimedOut;
+            let new = *block.mapped() - before;
+            return self.take_back(no, block, new);
         }
-        for run in new.runs() {
-            leaves_of(table, no, run).for_each(Leaf::set_pinned);
+        if self.speculates() {
+            for run in (*block.mapped() - before).runs() {
+                leaves_of(table, no, run).for_each(Leaf::set_pinned);
+            }
         }
-        let wanted = wanted(gfns);
-        for run in (wanted & before).runs() {
-            // It mostly says so already, and a look is cheaper than a write.
-            leaves_of(table, no, run).filter(|leaf| !leaf.is_pinned()).for_each(Leaf::set_pinned);
+        for run in runs(gfns) {
+            // What was mapped before mostly says so already, and a look is cheaper than a write.
+            let leaves = leaves_of(table, no, run.clone()).zip(run);
+            let to_set = leaves.filter(|(leaf, page)| block.mapped().contains(*page) && !leaf.is_pinned());
+            to_set.for_each(|(leaf, _)| leaf.set_pinned());
         }
+        if mapping.is_complete() && mapping.held.is_none() {
+            return Outcome::Pinned;
+        }
+        let mut wanted = PageSet::EMPTY;
+        runs(gfns).for_each(|run| wanted.insert(run));
         self.what_is_missing(mapping, wanted - *block.mapped())
     }
 
@@ -432,16 +478,28 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         }
     }
 
-    /// Maps a run as one extent; if that cannot be, page by page, as only one of them may be bad.
+    /// Maps a run as one extent.
     fn map_run(&mut self, mapping: &mut Mapping<'_, 's, Words<S>>, block: &mut Block, run: Range<usize>) {
         if mapping.is_short {
             return;
         }
-        match self.map_extent(mapping, block, run.clone()) {
-            Ok(()) => {}
-            Err(error) if error.is_shortage() => mapping.is_short = true,
-            Err(_) if run.len() == 1 => mapping.failed.insert(run),
-            Err(_) => self.map_singly(mapping, block, run),
+        if let Err(error) = self.map_extent(mapping.place, block, run.clone()) {
+            self.refused(mapping, block, run, error);
+        }
+    }
+
+    /// What to do about an extent that was not mapped: it is tried page by page, as only one of them may be bad.
+    fn refused(
+        &mut self,
+        mapping: &mut Mapping<'_, 's, Words<S>>,
+        block: &mut Block,
+        extent: Range<usize>,
+        error: MapError,
+    ) {
+        match error {
+            error if error.is_shortage() => mapping.is_short = true,
+            _ if extent.len() == 1 => mapping.failed.insert(extent),
+            _ => self.map_singly(mapping, block, extent),
         }
     }
 
@@ -457,31 +515,22 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         let ram = mapping.place.no.pages_in(&mapping.place.bank.region.gfns());
         let taken = *block.mapped() | mapping.held.unwrap_or_default();
         let free = (ram - taken) & PageSet::range(start..start + pages);
-        self.map_extent(mapping, block, free.run_around(page)).is_ok()
+        self.map_extent(mapping.place, block, free.run_around(page)).is_ok()
     }
 
     /// Maps each page of a run for itself.
     fn map_singly(&mut self, mapping: &mut Mapping<'_, 's, Words<S>>, block: &mut Block, run: Range<usize>) {
-        for page in run {
-            if mapping.is_short {
-                return;
-            }
-            match self.map_extent(mapping, block, page..page + 1) {
-                Ok(()) => {}
-                Err(error) if error.is_shortage() => mapping.is_short = true,
-                Err(_) => mapping.failed.insert_page(page),
-            }
-        }
+        run.for_each(|page| self.map_run(mapping, block, page..page + 1));
     }
 
     fn map_extent(
         &mut self,
-        mapping: &Mapping<'_, 's, Words<S>>,
+        place: &Place<'s, Words<S>>,
         block: &mut Block,
         pages: Range<usize>,
     ) -> Result<(), MapError> {
-        let region: &RamRegion = &mapping.place.bank.region;
-        self.pinner.map_extent(mapping.place.no, block, pages, region, &mut self.tally)
+        let region: &RamRegion = &place.bank.region;
+        self.pinner.map_extent(place.no, block, pages, region, &mut self.tally)
     }
 }
 
@@ -503,25 +552,26 @@ impl<W> Mapping<'_, '_, W> {
     }
 }
 
+/// The pages of sorted gfns of one block, if they are adjacent, as indexes in the block.
+fn whole_run(gfns: &[u64]) -> Option<Range<usize>> {
+    let (&first, &last) = (gfns.first()?, gfns.last()?);
+    let start = BlockNo::index(first);
+    (last - first == gfns.len() as u64 - 1).then_some(start..start + gfns.len())
+}
+
 /// The runs of adjacent pages among sorted gfns of one block, as indexes in the block.
 fn runs(gfns: &[u64]) -> impl Iterator<Item = Range<usize>> {
     let mut rest = gfns;
     std::iter::from_fn(move || {
-        let (&first, &last) = (rest.first()?, rest.last()?);
-        let whole = last - first == rest.len() as u64 - 1;
-        let len =
-            if whole { rest.len() } else { rest.iter().zip(first..).take_while(|&(&gfn, next)| gfn == next).count() };
+        let &first = rest.first()?;
+        let len = match whole_run(rest) {
+            Some(run) => run.len(),
+            None => rest.iter().zip(first..).take_while(|&(&gfn, next)| gfn == next).count(),
+        };
         rest = rest.get(len..).unwrap_or_default();
         let start = BlockNo::index(first);
         Some(start..start + len)
     })
-}
-
-/// The pages of a share.
-fn wanted(gfns: &[u64]) -> PageSet {
-    let mut wanted = PageSet::EMPTY;
-    runs(gfns).for_each(|run| wanted.insert(run));
-    wanted
 }
 
 /// The leaves of a run of a block's pages.
