@@ -37,7 +37,6 @@ impl<S: TableSpace> Pinner<S> {
         if stuck > 0 {
             return Err(RegionError::Stuck { gpa, pages: stuck });
         }
-        self.region_changes.fetch_add(1, Relaxed);
         let region = Arc::new(region);
         let returning = self.regions.write().add(Arc::clone(&region));
         let lost: Vec<_> = returning.iter().flat_map(|absent| self.bring_back(absent, &region)).collect();
@@ -47,6 +46,7 @@ impl<S: TableSpace> Pinner<S> {
             log::warn!("{pages} pages were pinned when the RAM at {gpa} went, and are not any more");
         }
         self.clear_stale(lost);
+        self.count_region_change();
         Ok(())
     }
 
@@ -66,14 +66,20 @@ impl<S: TableSpace> Pinner<S> {
         // From here on nothing new is mapped; who is at it now holds a block's lock, which is waited for below.
         let removed = if exact { self.regions.write().remove(&gfns) } else { None };
         let forgotten = removed.ok_or(RegionError::Unknown { gpa, bytes })?;
-        self.region_changes.fetch_add(1, Relaxed);
         let stuck = self.unmap_absent(&gfns);
+        self.count_region_change();
         self.clear_stale(forgotten);
         if stuck > 0 {
             log::error!("{stuck} pages of the RAM at {gpa} cannot be unmapped; its memory is kept");
             return Err(RegionError::Stuck { gpa, pages: stuck });
         }
         Ok(())
+    }
+
+    /// Called when RAM has come or gone, not before: a forced unpin that begins in the middle, and sees a part of it, must
+    /// find that something changed when it ends.
+    fn count_region_change(&self) {
+        self.region_changes.fetch_add(1, Relaxed);
     }
 
     /// Unmaps what is mapped in a range of regions that went, and remembers it; how many pages would not go.
