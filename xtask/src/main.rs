@@ -1,6 +1,7 @@
 //! No shell scripts: write a task. One file a task, run as `cargo xtask TASK`.
 
 mod ci;
+mod loom;
 mod step;
 
 use std::path::Path;
@@ -17,10 +18,13 @@ use clap::Parser;
     after_help = "Examples:
   cargo xtask ci                everything that must hold before a merge
   cargo xtask ci fmt clippy     two steps of it
-  cargo xtask ci --list         the steps, in the order they run"
+  cargo xtask ci --list         the steps, in the order they run
+  cargo xtask loom              the models of tests/loom, in the model checker
+  cargo xtask loom forced::     those with that in their name"
 )]
 enum Task {
     Ci(ci::Args),
+    Loom(loom::Args),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -31,5 +35,6 @@ fn main() -> anyhow::Result<ExitCode> {
     std::env::set_current_dir(root).with_context(|| format!("cannot enter {}", root.display()))?;
     match task {
         Task::Ci(args) => ci::run(&args),
+        Task::Loom(args) => loom::run(&args),
     }
 }
