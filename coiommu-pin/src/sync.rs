@@ -1,42 +1,15 @@
-//! The locks of this crate: std's, without poison.
+//! The locks of this crate, and those of its atomics by which threads tell each other of something else.
 //!
-//! A panic while a lock is held is a bug of ours. Whoever runs the pinner catches it and fails closed, which means that
-//! everything must still be drained: a lock that refuses would turn one bug into memory that a device reaches for ever.
+//! They are std's, without poison. A build for the model checker (`--cfg loom`) puts loom's in their place, under the
+//! same names, so that the models in `tests/loom` run the production code. Counters, totals and the number of the round
+//! do not come from here: they are relaxed and speak of nothing but themselves, so they stay std's under loom too, and
+//! loom has that much less to explore.
 
-use std::sync::{self, PoisonError, TryLockError};
+#[cfg(loom)]
+#[path = "sync/modelled.rs"]
+mod imp;
+#[cfg(not(loom))]
+#[path = "sync/native.rs"]
+mod imp;
 
-pub(crate) use std::sync::{MutexGuard, RwLockReadGuard};
-
-#[derive(Debug, Default)]
-pub(crate) struct Mutex<T>(sync::Mutex<T>);
-
-impl<T> Mutex<T> {
-    pub(crate) const fn new(value: T) -> Self {
-        Self(sync::Mutex::new(value))
-    }
-
-    pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
-        match self.0.try_lock() {
-            Ok(guard) => Some(guard),
-            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
-    }
-}
-
-#[derive(Debug, Default)]
-pub(crate) struct RwLock<T>(sync::RwLock<T>);
-
-impl<T> RwLock<T> {
-    pub(crate) fn read(&self) -> RwLockReadGuard<'_, T> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn write(&self) -> sync::RwLockWriteGuard<'_, T> {
-        self.0.write().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+pub(crate) use imp::{Mutex, MutexGuard, RwLock, atomic};

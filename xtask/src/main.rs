@@ -3,6 +3,7 @@
 mod bench_check;
 mod ci;
 mod fuzz;
+mod loom;
 mod nightly;
 mod step;
 mod tsan;
@@ -22,12 +23,15 @@ use clap::Parser;
   cargo xtask ci                everything that must hold before a merge
   cargo xtask ci fmt clippy     two steps of it
   cargo xtask ci --list         the steps, in the order they run
+  cargo xtask loom              the models of tests/loom, in the model checker
+  cargo xtask loom forced::     those with that in their name
   cargo xtask fuzz --all        each fuzz target for a minute
   cargo xtask tsan              the pinner's stress test under ThreadSanitizer
   cargo xtask bench-check       how fast the pinner is beside others"
 )]
 enum Task {
     Ci(ci::Args),
+    Loom(loom::Args),
     Fuzz(fuzz::Args),
     Tsan(tsan::Args),
     BenchCheck(bench_check::Args),
@@ -41,6 +45,7 @@ fn main() -> anyhow::Result<ExitCode> {
     std::env::set_current_dir(root).with_context(|| format!("cannot enter {}", root.display()))?;
     match task {
         Task::Ci(args) => ci::run(&args),
+        Task::Loom(args) => loom::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Tsan(args) => tsan::run(&args),
         Task::BenchCheck(args) => bench_check::run(&args),

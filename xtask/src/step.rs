@@ -68,7 +68,12 @@ pub(crate) fn finish(command: &mut Command, line: &str) -> anyhow::Result<()> {
 
 /// What a command writes to its standard output. An error unless it exits with 0.
 pub(crate) fn output(line: &str) -> anyhow::Result<String> {
-    let output = command(line).output().with_context(|| format!("cannot run `{line}`"))?;
+    output_of(&mut command(line), line)
+}
+
+/// What a prepared command, shown as `line`, writes to its standard output. An error unless it exits with 0.
+pub(crate) fn output_of(command: &mut Command, line: &str) -> anyhow::Result<String> {
+    let output = command.output().with_context(|| format!("cannot run `{line}`"))?;
     if !output.status.success() {
         bail!("`{line}`: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
     }

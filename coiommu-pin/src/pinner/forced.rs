@@ -2,7 +2,7 @@
 
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::time::Duration;
 
 use coiommu_dtt::{Gfn, Gpa, PAGE_SIZE};
@@ -13,6 +13,7 @@ use crate::page_set::PageSet;
 use crate::pin_map::{BlockNo, Spot};
 use crate::space::TableSpace;
 use crate::sync::Mutex;
+use crate::sync::atomic::AtomicUsize;
 
 /// How many blocks one step of a forced unpin works on.
 const STEP_BLOCKS: usize = 64;

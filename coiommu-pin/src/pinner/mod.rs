@@ -27,7 +27,7 @@
 use std::fmt;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 use coiommu_dtt::walk::DttError;
@@ -40,6 +40,7 @@ use crate::policy::Policy;
 use crate::region_table::Regions;
 use crate::space::{GuestMemoryNotShown, TableSpace};
 use crate::stats::{Counters, Counts, Latency};
+use crate::sync::atomic::AtomicU64;
 use crate::sync::{Mutex, RwLock};
 
 mod forced;

@@ -49,8 +49,7 @@ impl<S: TableSpace> Pinner<S> {
             log::warn!("{pages} pages were pinned when the RAM at {gpa} went, and are not any more");
         }
         self.clear_stale(lost);
-        // Last: a forced unpin that began before this moment may have passed by what was mapped again behind it.
-        self.region_changes.fetch_add(1, Relaxed);
+        self.count_region_change();
         Ok(())
     }
 
@@ -72,12 +71,18 @@ impl<S: TableSpace> Pinner<S> {
         let forgotten = removed.ok_or(RegionError::Unknown { gpa, bytes })?;
         let stuck = self.clear_out(&gfns);
         self.clear_stale(forgotten);
-        self.region_changes.fetch_add(1, Relaxed);
+        self.count_region_change();
         if stuck > 0 {
             log::error!("{stuck} pages of the RAM at {gpa} cannot be unmapped; its memory is kept");
             return Err(RegionError::Stuck { gpa, pages: stuck });
         }
         Ok(())
+    }
+
+    /// Called when RAM has come or gone, not before: a forced unpin that begins in the middle, and sees a part of it, must
+    /// find that something changed when it ends.
+    fn count_region_change(&self) {
+        self.region_changes.fetch_add(1, Relaxed);
     }
 
     /// Unmaps what is mapped of a region that went, and remembers it; how many pages would not go.
