@@ -2,6 +2,7 @@
 
 mod ci;
 mod fuzz;
+mod miri;
 mod nightly;
 mod step;
 
@@ -20,11 +21,13 @@ use clap::Parser;
   cargo xtask ci                everything that must hold before a merge
   cargo xtask ci fmt clippy     two steps of it
   cargo xtask ci --list         the steps, in the order they run
-  cargo xtask fuzz --all        each fuzz target for a minute"
+  cargo xtask fuzz --all        each fuzz target for a minute
+  cargo xtask miri --quick      the tests that Miri can run, few cases of each"
 )]
 enum Task {
     Ci(ci::Args),
     Fuzz(fuzz::Args),
+    Miri(miri::Args),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -36,5 +39,6 @@ fn main() -> anyhow::Result<ExitCode> {
     match task {
         Task::Ci(args) => ci::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
+        Task::Miri(args) => miri::run(&args),
     }
 }
