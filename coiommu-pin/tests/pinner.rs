@@ -234,6 +234,7 @@ fn room_is_made_of_idle_pages_those_that_aged_first() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "640 mappings, made one by one, take Miri minutes")]
 fn making_room_frees_a_sixty_fourth_of_the_mappings() {
     let mut rig = Rig::new("extent=page");
     rig.iommu.set_entry_limit(Some(640));
