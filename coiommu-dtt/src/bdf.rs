@@ -77,7 +77,8 @@ mod tests {
 
     #[test]
     fn every_bdf_but_zero_is_itself_again_after_display_and_parse() {
-        for raw in 1..=u16::MAX {
+        // Miri counts slowly.
+        for raw in (1..=u16::MAX).step_by(if cfg!(miri) { 4001 } else { 1 }) {
             let bdf = Bdf::new(raw).unwrap();
             assert_eq!(bdf.to_string().parse(), Ok(bdf));
         }

@@ -4,6 +4,7 @@ mod bench_check;
 mod ci;
 mod fuzz;
 mod loom;
+mod miri;
 mod nightly;
 mod step;
 mod tsan;
@@ -25,8 +26,9 @@ use clap::Parser;
   cargo xtask ci --list         the steps, in the order they run
   cargo xtask loom              the models of tests/loom, in the model checker
   cargo xtask loom forced::     those with that in their name
-  cargo xtask fuzz --all        each fuzz target for a minute
+  cargo xtask miri --quick      the tests that Miri can run, few cases of each
   cargo xtask tsan              the pinner's stress test under ThreadSanitizer
+  cargo xtask fuzz --all        each fuzz target for a minute
   cargo xtask bench-check       how fast the pinner is beside others"
 )]
 enum Task {
@@ -35,6 +37,7 @@ enum Task {
     Fuzz(fuzz::Args),
     Tsan(tsan::Args),
     BenchCheck(bench_check::Args),
+    Miri(miri::Args),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -49,5 +52,6 @@ fn main() -> anyhow::Result<ExitCode> {
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Tsan(args) => tsan::run(&args),
         Task::BenchCheck(args) => bench_check::run(&args),
+        Task::Miri(args) => miri::run(&args),
     }
 }

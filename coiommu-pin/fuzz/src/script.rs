@@ -186,7 +186,8 @@ fn gfn(input: &mut Unstructured<'_>) -> u64 {
 /// The address of a page, mostly in the RAM that tables fit into.
 fn page(input: &mut Unstructured<'_>) -> u64 {
     match number::<u8>(input) {
-        255 => number(input),
+        // Something is added to it.
+        255 => number::<u64>(input) >> 1,
         n => PAGE_SIZE * [u64::from(n % 32), 496 + u64::from(n % 40)][usize::from(n > 127)],
     }
 }

@@ -183,7 +183,8 @@ impl<S: TableSpace> Pinner<S> {
             let released = unpin.report.released;
             if !in_time {
                 let busy = all.saturating_sub(released);
-                return UnpinStep::Done(UnpinReport { released, busy, ..UnpinReport::default() }, None);
+                let report = UnpinReport { released, busy, ..UnpinReport::default() };
+                return UnpinStep::Done(report, report.may_be_taken().then_some(unpin.hold));
             }
             unpin.region_changes = region_changes;
             unpin.next = unpin.hold.gfns.start;

@@ -15,7 +15,7 @@ use coiommu_pin::pinner::{Clock, Drain, PinResult, Pinner, PinnerConfig};
 use coiommu_pin::request::Scratch;
 use coiommu_pin::{DmaMapper, Extent, Policy, RamRegion};
 use coiommu_vfio::SoftIommu;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 pub const PAGE: u64 = 4096;
 /// The guest's RAM, in gfns: a hole inside a block, ends inside blocks, blocks without any.
@@ -77,8 +77,29 @@ pub fn ram(gfns: &Range<u64>) -> Arc<GuestRegionMmap> {
     let bytes = (gfns.end - gfns.start) * PAGE;
     file.set_len(bytes + PAGE).unwrap();
     let place = FileOffset::new(file, PAGE);
-    let bytes = usize::try_from(bytes).unwrap();
-    Arc::new(GuestRegionMmap::from_range(GuestAddress(gfns.start * PAGE), bytes, Some(place)).unwrap())
+    Arc::new(
+        GuestRegionMmap::new(mapping(usize::try_from(bytes).unwrap(), place), GuestAddress(gfns.start * PAGE)).unwrap(),
+    )
+}
+
+/// A file's memory.
+#[cfg(not(miri))]
+fn mapping(bytes: usize, place: FileOffset) -> MmapRegion {
+    MmapRegion::from_file(place, bytes).unwrap()
+}
+
+/// Under Miri vm-memory does not map: it allocates, and not by pages. So this does, and never frees; the file is for the
+/// region's identity.
+#[cfg(miri)]
+#[allow(unsafe_code, reason = "memory of one's own is handed in as a raw pointer")]
+fn mapping(bytes: usize, place: FileOffset) -> MmapRegion {
+    let layout = std::alloc::Layout::from_size_align(bytes, 4096).unwrap();
+    // SAFETY: the size is not 0.
+    let memory = unsafe { std::alloc::alloc_zeroed(layout) };
+    let builder = vm_memory::mmap::MmapRegionBuilder::new(bytes).with_file_offset(place);
+    // SAFETY: `bytes` bytes are there, and stay.
+    let builder = unsafe { builder.with_raw_mmap_pointer(memory) };
+    builder.build().unwrap()
 }
 
 pub fn is_ram(page: u64) -> bool {
