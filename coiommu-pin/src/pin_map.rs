@@ -8,13 +8,13 @@
 //! the guest, for a park to end or for another block while holding one.
 
 use std::ops::{ControlFlow, Range};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, OnceLock};
 
 use coiommu_dtt::Gfn;
 
 use crate::page_set::{BLOCK_PAGES, PageSet};
-use crate::sync::Mutex;
+use crate::sync::{Mutex, OnceLock};
 
 /// Blocks that are made at once.
 const CHUNK_BLOCKS: usize = 8;
@@ -165,15 +165,40 @@ impl Books {
     }
 
     /// Visits the blocks that were made and have a page at or after `from`, in ascending order.
-    pub(crate) fn visit<B>(&self, from: u64, mut visit: impl FnMut(Spot<'_>) -> ControlFlow<B>) -> ControlFlow<B> {
-        let from = from.max(self.gfns.start);
-        let Some((first_chunk, mut at)) = self.place(from) else { return ControlFlow::Continue(()) };
-        let made = self.chunks.iter().enumerate().skip(first_chunk);
-        for (number, chunk) in made {
-            let blocks = chunk.get().and_then(|chunk| chunk.get(at..)).unwrap_or_default();
+    pub(crate) fn visit<B>(&self, from: u64, visit: impl FnMut(Spot<'_>) -> ControlFlow<B>) -> ControlFlow<B> {
+        self.visit_chunks(from..u64::MAX, |_, chunk| chunk.get(), visit)
+    }
+
+    /// Visits all blocks that have a page in a range; those that were not made are made.
+    pub(crate) fn visit_all<B>(
+        &self,
+        gfns: Range<u64>,
+        visit: impl FnMut(Spot<'_>) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
+        self.visit_chunks(gfns, |number, chunk| Some(chunk.get_or_init(|| self.new_chunk(number))), visit)
+    }
+
+    fn visit_chunks<'a, B>(
+        &'a self,
+        gfns: Range<u64>,
+        get: impl Fn(usize, &'a OnceLock<Chunk>) -> Option<&'a Chunk>,
+        mut visit: impl FnMut(Spot<'a>) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
+        let Some((first_chunk, mut at)) = self.place(gfns.start.max(self.gfns.start)) else {
+            return ControlFlow::Continue(());
+        };
+        let no = |index: usize| BlockNo(self.first_block() + index as u64);
+        for (number, chunk) in self.chunks.iter().enumerate().skip(first_chunk) {
+            if no(number * CHUNK_BLOCKS + at).start() >= gfns.end {
+                break;
+            }
+            let blocks = get(number, chunk).and_then(|chunk| chunk.get(at..)).unwrap_or_default();
             for (block, index) in blocks.iter().zip(number * CHUNK_BLOCKS + at..) {
-                let no = BlockNo(self.first_block() + index as u64);
-                visit(Spot { no, first: no.start().max(self.gfns.start), block })?;
+                let first = no(index).start().max(self.gfns.start);
+                if first >= gfns.end {
+                    break;
+                }
+                visit(Spot { no: no(index), first, block })?;
             }
             at = 0;
         }
@@ -210,22 +235,22 @@ impl Books {
 const ALLOCATOR_BYTES: u64 = 32;
 
 // The books cost under 0.01 % of the memory they describe.
-const CHUNK_BYTES: u64 =
-    (size_of::<OnceLock<Chunk>>() + CHUNK_BLOCKS * size_of::<Mutex<Block>>()) as u64 + ALLOCATOR_BYTES;
-#[cfg(not(loom))]
-const _: () = assert!(CHUNK_BYTES * 10_000 < CHUNK_BLOCKS as u64 * BLOCK_PAGES as u64 * 4096);
+const _: () = {
+    let chunk = size_of::<OnceLock<Chunk>>() + CHUNK_BLOCKS * size_of::<Mutex<Block>>();
+    assert!((chunk as u64 + ALLOCATOR_BYTES) * 10_000 < (CHUNK_BLOCKS * BLOCK_PAGES) as u64 * 4096);
+};
 
-/// Visits all blocks with a page at or after `from` that were ever made, region by region in ascending order. `next_books`
-/// gives the first books with a page at or after a gfn: they are asked for one at a time, so that no lock of the table of
-/// regions is held while blocks are.
+/// Visits the blocks with a page at or after `from`, region by region in ascending order, each region's as `visit_books`
+/// does. `next_books` gives the first books with a page at or after a gfn: they are asked for one at a time, so that no lock
+/// of the table of regions is held while blocks are.
 pub(crate) fn visit<B>(
     from: u64,
     next_books: impl Fn(u64) -> Option<Arc<Books>>,
-    mut visit: impl FnMut(Spot<'_>) -> ControlFlow<B>,
+    mut visit_books: impl FnMut(&Books, u64) -> ControlFlow<B>,
 ) -> ControlFlow<B> {
     let mut at = from;
     while let Some(books) = next_books(at) {
-        books.visit(at, &mut visit)?;
+        visit_books(&books, at)?;
         at = books.gfns.end;
     }
     ControlFlow::Continue(())
@@ -314,12 +339,12 @@ mod tests {
         let from = |from: u64| {
             let mut seen = Vec::new();
             let next = |gfn| all.iter().find(|books| books.gfns().end > gfn).cloned();
-            let ControlFlow::<()>::Continue(()) = visit(from, next, |spot| {
+            let see = |spot: Spot<'_>| {
                 seen.push((spot.no.0, spot.first));
-                ControlFlow::Continue(())
-            }) else {
-                unreachable!()
+                ControlFlow::<()>::Continue(())
             };
+            let mut see = see;
+            assert!(visit(from, next, |books, from| books.visit(from, &mut see)).is_continue());
             seen
         };
         let first = |no: u64| (no, (no * 512).max(100));
@@ -333,6 +358,35 @@ mod tests {
         assert_eq!(from(9000), everything[10..]);
         assert_eq!(from(9001), last);
         assert_eq!(from(90_000), []);
+    }
+
+    #[test]
+    fn blocks_that_were_not_made_are_visited_if_all_are_asked_for() {
+        let books = Books::new(1000..9000);
+        let mut firsts = Vec::new();
+        let stopped = books.visit_all(2000..5000, |spot| {
+            firsts.push(spot.first);
+            if spot.first > 4000 { ControlFlow::Break(spot.no) } else { ControlFlow::Continue(()) }
+        });
+        assert_eq!(firsts, [1536, 2048, 2560, 3072, 3584, 4096]);
+        assert_eq!(stopped.break_value(), Some(BlockNo(8)));
+        let mut made = 0;
+        assert!(
+            books
+                .visit(0, |_| {
+                    made += 1;
+                    ControlFlow::<()>::Continue(())
+                })
+                .is_continue()
+        );
+        assert_eq!(made, 8, "one chunk");
+        let mut last = None;
+        let visit = |spot: Spot<'_>| {
+            last = Some(spot.first);
+            ControlFlow::<()>::Continue(())
+        };
+        assert!(books.visit_all(1000..5121, visit).is_continue());
+        assert_eq!(last, Some(5120));
     }
 
     #[test]

@@ -12,4 +12,4 @@ mod imp;
 #[path = "sync/native.rs"]
 mod imp;
 
-pub(crate) use imp::{Mutex, RwLock, atomic};
+pub(crate) use imp::{Mutex, OnceLock, RwLock, atomic};

@@ -2,7 +2,7 @@
 
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::{Acquire, Release};
 use std::time::Duration;
 
 use coiommu_dtt::{Gfn, Gpa, PAGE_SIZE};
@@ -10,7 +10,7 @@ use coiommu_dtt::{Gfn, Gpa, PAGE_SIZE};
 use super::unpin::{Ask, Limit, NotNow};
 use super::{Clock, Pinner};
 use crate::page_set::PageSet;
-use crate::pin_map::{BlockNo, Spot};
+use crate::pin_map::{self, BlockNo, Spot};
 use crate::space::TableSpace;
 use crate::sync::Mutex;
 use crate::sync::atomic::AtomicUsize;
@@ -133,7 +133,7 @@ impl<S: TableSpace> Pinner<S> {
         let last = Gfn::containing(Gpa::new(gpa.raw().saturating_add(bytes.saturating_sub(1))));
         let end = if bytes == 0 { first.raw() } else { last.raw() + 1 };
         let hold = self.holds.add(first.raw()..end);
-        let region_changes = self.region_changes.load(Relaxed);
+        let region_changes = self.region_changes.load(Acquire);
         let report = UnpinReport::default();
         ForcedUnpin { hold, next: first.raw(), started: clock.now(), region_changes, report }
     }
@@ -143,10 +143,10 @@ impl<S: TableSpace> Pinner<S> {
         let gfns = unpin.hold.gfns.clone();
         let in_time = clock.now() < unpin.started.saturating_add(self.config.park_time);
         let mut blocks = 0..STEP_BLOCKS;
-        let stopped = self.visit(unpin.next, |spot| {
-            if spot.first >= gfns.end {
-                return ControlFlow::Break(Stop::End);
-            }
+        // A block that was not made yet is made, and locked: a pin of one of its pages may be about to make it, and see
+        // the hold only if it locks it after us.
+        let from = unpin.next;
+        let mut visit = |spot: Spot<'_>| {
             unpin.next = spot.first;
             if blocks.next().is_none() {
                 return ControlFlow::Break(Stop::Pause);
@@ -165,9 +165,11 @@ impl<S: TableSpace> Pinner<S> {
                 Err(NotNow::Busy) => unpin.report.busy += mapped(),
             }
             ControlFlow::Continue(())
-        });
+        };
+        let next_books = |gfn: u64| if gfn < gfns.end { self.next_books(gfn) } else { None };
+        let stopped = pin_map::visit(from, next_books, |books, from| books.visit_all(from..gfns.end, &mut visit));
         match stopped {
-            ControlFlow::Continue(()) | ControlFlow::Break(Stop::End) => self.finish_unpin(unpin, in_time),
+            ControlFlow::Continue(()) => self.finish_unpin(unpin, in_time),
             ControlFlow::Break(Stop::Pause) => UnpinStep::More(unpin),
             ControlFlow::Break(Stop::Parked) => UnpinStep::Wait(unpin),
         }
@@ -177,7 +179,7 @@ impl<S: TableSpace> Pinner<S> {
         // RAM that is just going is not remembered yet.
         let Some(_no_region_changes) = self.changing_regions.try_lock() else { return UnpinStep::More(unpin) };
         let all = unpin.hold.gfns.end - unpin.hold.gfns.start;
-        let region_changes = self.region_changes.load(Relaxed);
+        let region_changes = self.region_changes.load(Acquire);
         if unpin.region_changes != region_changes {
             // RAM came or went, and with it maybe, behind us, what was pinned. What was released is held, and stays so.
             let released = unpin.report.released;
@@ -226,8 +228,6 @@ impl<S: TableSpace> Pinner<S> {
 
 /// Why a step of a forced unpin ends.
 enum Stop {
-    /// The rest of the range has no books.
-    End,
     /// There is more to do.
     Pause,
     /// Unpinning is parked.

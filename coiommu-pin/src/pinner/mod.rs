@@ -35,7 +35,7 @@ use coiommu_dtt::{Bdf, Dtt, Gpa, PAGE_SIZE};
 use hdrhistogram::Histogram;
 
 use crate::mapper::DmaMapper;
-use crate::pin_map::{self, Extent, Spot, Totals};
+use crate::pin_map::{self, Books, Extent, Spot, Totals};
 use crate::policy::Policy;
 use crate::region_table::Regions;
 use crate::space::{GuestMemoryNotShown, TableSpace};
@@ -135,7 +135,8 @@ pub struct Pinner<S: TableSpace> {
     regions: RwLock<Regions>,
     /// Held while regions come and go, one at a time, and while draining; before all other locks.
     changing_regions: Mutex<()>,
-    /// How many regions ever came and went. Changed and decided upon with `changing_regions` held, hence relaxed.
+    /// How many regions ever came and went. Release, once a change is over, and acquire: a forced unpin that begins with
+    /// this number sees all that was mapped again until then.
     region_changes: AtomicU64,
     totals: Totals,
     activation: RwLock<Activation>,
@@ -286,9 +287,13 @@ impl<S: TableSpace> Pinner<S> {
         extents
     }
 
-    /// Visits the blocks from a gfn on, holding no lock but those the visitor takes.
-    fn visit<B>(&self, from: u64, visit: impl FnMut(Spot<'_>) -> ControlFlow<B>) -> ControlFlow<B> {
-        pin_map::visit(from, |gfn| self.regions.read().next_books(gfn), visit)
+    /// Visits the blocks from a gfn on that were made, holding no lock but those the visitor takes.
+    fn visit<B>(&self, from: u64, mut visit: impl FnMut(Spot<'_>) -> ControlFlow<B>) -> ControlFlow<B> {
+        pin_map::visit(from, |gfn| self.next_books(gfn), |books, from| books.visit(from, &mut visit))
+    }
+
+    fn next_books(&self, from: u64) -> Option<Arc<Books>> {
+        self.regions.read().next_books(from)
     }
 
     fn each_block(&self, mut visit: impl FnMut(Spot<'_>)) {

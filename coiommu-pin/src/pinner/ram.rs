@@ -1,7 +1,7 @@
 //! RAM that comes and goes: hotplug, and firmware that moves it.
 
 use std::ops::{ControlFlow, Range};
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::Release;
 
 use coiommu_dtt::{Dtt, Gfn, Gpa, PAGE_SIZE};
 
@@ -82,7 +82,7 @@ impl<S: TableSpace> Pinner<S> {
     /// Called when RAM has come or gone, not before: a forced unpin that begins in the middle, and sees a part of it, must
     /// find that something changed when it ends.
     fn count_region_change(&self) {
-        self.region_changes.fetch_add(1, Relaxed);
+        self.region_changes.fetch_add(1, Release);
     }
 
     /// Unmaps what is mapped of a region that went, and remembers it; how many pages would not go.

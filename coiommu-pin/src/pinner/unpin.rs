@@ -197,8 +197,7 @@ impl<S: TableSpace> Pinner<S> {
         let mut room = Room::default();
         for ask in [Ask::IdleOnly, Ask::Uncounted] {
             for part in [start..u64::MAX, 0..start] {
-                let next_books = |gfn| regions.next_books(gfn);
-                let stopped = pin_map::visit(part.start, next_books, |spot| {
+                let visit = |spot: Spot<'_>| {
                     if spot.first >= part.end {
                         return ControlFlow::Break(false);
                     }
@@ -216,7 +215,10 @@ impl<S: TableSpace> Pinner<S> {
                         Err(NotNow::Parked) => return ControlFlow::Break(true),
                     }
                     ControlFlow::Continue(())
-                });
+                };
+                let mut visit = visit;
+                let next_books = |gfn| regions.next_books(gfn);
+                let stopped = pin_map::visit(part.start, next_books, |books, from| books.visit(from, &mut visit));
                 if stopped == ControlFlow::Break(true) {
                     return room.pages > 0;
                 }

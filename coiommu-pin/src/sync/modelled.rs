@@ -12,7 +12,7 @@
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use loom::sync;
 use loom::sync::atomic::AtomicBool;
@@ -153,5 +153,37 @@ impl<T> Deref for RwLockWriteGuard<'_, T> {
 impl<T> DerefMut for RwLockWriteGuard<'_, T> {
     fn deref_mut(&mut self) -> &mut T {
         &mut self.value
+    }
+}
+
+/// A value that is made once. Loom has none; std's would make it behind loom's back.
+#[derive(Debug)]
+pub(crate) struct OnceLock<T>(Box<Once<T>>);
+
+#[derive(Debug)]
+struct Once<T> {
+    value: std::sync::OnceLock<T>,
+    is_made: AtomicBool,
+    making: sync::Mutex<()>,
+}
+
+impl<T> OnceLock<T> {
+    pub(crate) fn new() -> Self {
+        let (is_made, making) = (AtomicBool::new(false), sync::Mutex::new(()));
+        Self(Box::new(Once { value: std::sync::OnceLock::new(), is_made, making }))
+    }
+
+    pub(crate) fn get(&self) -> Option<&T> {
+        if self.0.is_made.load(Acquire) { self.0.value.get() } else { None }
+    }
+
+    pub(crate) fn get_or_init(&self, make: impl FnOnce() -> T) -> &T {
+        if let Some(value) = self.get() {
+            return value;
+        }
+        let _one_at_a_time = self.0.making.lock().expect("loom's locks have no poison");
+        let value = self.0.value.get_or_init(make);
+        self.0.is_made.store(true, Release);
+        value
     }
 }

@@ -5,7 +5,7 @@
 
 use std::sync::{self, PoisonError, TryLockError};
 
-pub(crate) use std::sync::{MutexGuard, atomic};
+pub(crate) use std::sync::{MutexGuard, OnceLock, atomic};
 
 #[derive(Debug, Default)]
 pub(crate) struct Mutex<T>(sync::Mutex<T>);
