@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 use clap::ValueEnum;
 use serde_json::Value;
 
-use crate::step;
+use crate::{loom, step};
 
 /// Run every check, cheapest first, and name those that failed
 #[derive(clap::Args)]
@@ -43,6 +43,14 @@ enum Step {
     Doc,
     /// The libraries can be packaged, each built from its package
     Package,
+    /// All models, in the model checker
+    Loom,
+    /// The unsafe code and what uses it, in Miri: few cases of each property
+    Miri,
+    /// Each fuzz target for half a minute, from its corpus
+    Fuzz,
+    /// The pinner is as fast, beside others, as it should be on a busy machine
+    Bench,
 }
 
 /// Runs the steps asked for. The exit code is 1 if one failed.
@@ -76,11 +84,15 @@ impl Step {
             Self::Fmt => step::run("cargo fmt --all --check"),
             Self::Hygiene => hygiene(),
             Self::NoStd => no_std(),
-            Self::Clippy => step::run("cargo clippy --workspace --all-targets --all-features --locked -- -D warnings"),
+            Self::Clippy => clippy(),
             Self::Test => test(),
             Self::Msrv => msrv(),
             Self::Doc => doc(),
             Self::Package => package(),
+            Self::Loom => step::run("cargo xtask loom"),
+            Self::Miri => step::run("cargo xtask miri --quick"),
+            Self::Fuzz => step::run("cargo xtask fuzz --all --seconds 30"),
+            Self::Bench => step::run("cargo xtask bench-check"),
         }
     }
 }
@@ -133,6 +145,12 @@ fn no_std() -> anyhow::Result<()> {
         step::run(&format!("rustup target add {TARGET}"))?;
     }
     step::run(&format!("cargo build -p coiommu-dtt --no-default-features --locked --target {TARGET}"))
+}
+
+fn clippy() -> anyhow::Result<()> {
+    step::run("cargo clippy --workspace --all-targets --all-features --locked -- -D warnings")?;
+    // What only a build for the model checker has.
+    loom::clippy()
 }
 
 fn test() -> anyhow::Result<()> {

@@ -50,6 +50,14 @@ fn command(line: &str) -> Command {
     command
 }
 
+/// Clippy on the models, and on what only a build for the model checker has.
+pub(crate) fn clippy() -> anyhow::Result<()> {
+    let packages = CRATES.join(" -p ");
+    let line =
+        format!("cargo clippy --profile loom --locked -p {packages} --tests --target-dir {TARGET} -- -D warnings");
+    step::finish(&mut command(&line), &format!("RUSTFLAGS='--cfg loom' {line}"))
+}
+
 fn listed(package: &str) -> anyhow::Result<String> {
     let line = line(package, "--list");
     eprintln!("$ RUSTFLAGS='--cfg loom' {line}");
