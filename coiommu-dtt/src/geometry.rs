@@ -175,6 +175,7 @@ impl Levels {
 #[cfg(test)]
 mod tests {
     extern crate std;
+    use std::string::ToString;
     use std::vec::Vec;
 
     use proptest::prelude::*;
@@ -198,6 +199,14 @@ mod tests {
         }
     }
 
+    #[test]
+    fn addresses_are_shown_in_hex() {
+        assert_eq!(
+            (Gpa::new(0xfee0_0000).to_string(), Gfn::MAX.to_string()),
+            ("0xfee00000".into(), "0xfffffffffffff".into())
+        );
+    }
+
     proptest! {
         /// The indexes along a path are the digits of the gfn: put together again they are the gfn.
         #[test]
@@ -210,9 +219,14 @@ mod tests {
         }
 
         #[test]
-        fn a_gfn_never_passes_the_address_space(raw: u64) {
+        fn a_gfn_never_passes_the_address_space(raw in prop_oneof![any::<u64>(), 0..=Gfn::MAX.raw()], inside in 0..PAGE_SIZE) {
             match Gfn::new(raw) {
-                Some(gfn) => prop_assert_eq!(Gfn::containing(gfn.gpa()), gfn),
+                Some(gfn) => {
+                    prop_assert_eq!(gfn.gpa().raw(), raw * PAGE_SIZE);
+                    prop_assert_eq!(Gfn::containing(Gpa::new(raw * PAGE_SIZE + inside)), gfn);
+                    prop_assert!(gfn.gpa().is_page_aligned());
+                    prop_assert_eq!(Gpa::new(raw * PAGE_SIZE + inside).is_page_aligned(), inside == 0);
+                }
                 None => prop_assert!(raw > u64::MAX / PAGE_SIZE),
             }
         }

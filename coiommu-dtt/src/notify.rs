@@ -247,6 +247,7 @@ mod tests {
     fn an_answer_takes_only_the_request_it_is_for() {
         let words = [AtomicU64::new(0), AtomicU64::new(0)];
         let slots = NotifySlots::new(&words);
+        assert_eq!((slots.len(), slots.is_empty(), NotifySlots::<AtomicU64>::new(&[]).is_empty()), (2, false, true));
         let [first, second] = [0x7_0010, 0x8_0010].map(|raw| RequestWord::from_raw(raw).unwrap());
         assert_eq!(slots.take(1), Ok(None));
         slots.post(1, first).unwrap();

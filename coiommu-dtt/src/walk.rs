@@ -265,8 +265,7 @@ impl<'m, W: Word32> LeafTable<'m, W> {
     /// The leaf table in this page.
     pub(crate) fn at<M: TableMemory<U32 = W> + ?Sized>(mem: &'m M, table: Gpa) -> Result<Self, WalkError> {
         let words = mem.words32(table, LEAF_ENTRIES)?;
-        let entries =
-            words.try_into().map_err(|_| MemoryError::Absent { at: table, bytes: LEAF_ENTRIES * size_of::<u32>() })?;
+        let entries = words.try_into().map_err(|_| MemoryError::Absent { at: table, bytes: size_of_val(words) })?;
         Ok(Self { entries })
     }
 

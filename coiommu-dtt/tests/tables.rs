@@ -7,7 +7,7 @@ use coiommu_dtt::guest::{GuestDtt, GuestError, TablePages, write_batch};
 use coiommu_dtt::leaf::Mapped;
 use coiommu_dtt::notify::BatchHeader;
 use coiommu_dtt::walk::{DttError, WalkError};
-use coiommu_dtt::{Bdf, Dtt, Gfn, Gpa, Levels, MemoryError, Request, TableMemory};
+use coiommu_dtt::{Bdf, Dtt, Gfn, Gpa, Levels, MemoryError, Request, TableMemory, Walker};
 use proptest::prelude::*;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use zerocopy::FromBytes;
@@ -190,7 +190,85 @@ fn many_cpus_that_map_at_once_share_one_table() {
     }
 }
 
+/// Memory in two pieces, so that tables are in one or the other.
+fn memory_in_two() -> GuestMemoryMmap {
+    let half = GuestAddress(RAM / 2);
+    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM_BYTES / 2), (half, RAM_BYTES / 2)]).unwrap()
+}
+
+/// Pages from everywhere in [`RAM`] by turns.
+struct Scattered(AtomicU64);
+
+impl TablePages for Scattered {
+    fn alloc(&self) -> Option<Gpa> {
+        let n = self.0.fetch_add(1, Ordering::Relaxed);
+        (n < 2000).then_some(Gpa::new((1 + n * 1021 % 2047) << 12))
+    }
+
+    fn free(&self, _page: Gpa) {}
+}
+
+#[test]
+fn a_guest_knows_its_limit_and_sees_what_is_pinned() {
+    let (mem, pages) = (memory(), Bump::new());
+    let guest = GuestDtt::new(&mem, &pages, Levels::new(2).unwrap(), 15).unwrap();
+    assert_eq!(guest.count_limit(), 0xfff0);
+    let page = gfn(1);
+    assert_eq!(guest.map(&mem, &pages, page), Ok(Mapped::NeedsPin));
+    assert_eq!(guest.is_pinned(&mem, page), Ok(false));
+    guest.dtt().leaf_table(&mem, page).unwrap().leaf(page).set_pinned();
+    assert_eq!(guest.is_pinned(&mem, page), Ok(true));
+    let never = gfn(1024);
+    assert_eq!(guest.is_pinned(&mem, never), Err(WalkError::NotPresent { gfn: never, level: 2 }));
+}
+
+#[test]
+fn errors_name_the_place_and_its_size() {
+    let mem = memory();
+    let absent = Dtt::new(&mem, Gpa::new(RAM), 1).unwrap_err();
+    assert_eq!(absent.to_string(), "the root table cannot be read: no guest memory of 4096 bytes at 0x800000");
+    let at = Gpa::new(RAM - 8);
+    let bytes = 16 + 2 * 8;
+    assert_eq!(
+        write_batch(&mem, Gpa::new(RAM), Bdf::new(1).unwrap(), &[gfn(1)]),
+        Err(MemoryError::Absent { at: Gpa::new(RAM), bytes: 16 })
+    );
+    assert_eq!(mem.read(at, &mut [0; 32]), Err(MemoryError::Absent { at, bytes }));
+    // An address that fits into no request, in memory that is everywhere.
+    let everywhere = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(1 << 63), 4096)]).unwrap();
+    let at = Gpa::new(1 << 63);
+    let refused = write_batch(&everywhere, at, Bdf::new(1).unwrap(), &[gfn(1), gfn(2)]);
+    assert_eq!(refused, Err(MemoryError::Absent { at, bytes }));
+}
+
 proptest! {
+    /// A walker finds the very tables that walks anew find, whatever it remembers.
+    #[test]
+    fn a_walker_goes_where_a_walk_goes(
+        levels in 1_u64..=5,
+        raws in prop::collection::vec(prop_oneof![
+            4 => (0_u64..4, 0_u64..3, 0_u64..1024).prop_map(|(far, near, page)| far << 19 | near << 10 | page),
+            1 => any::<u64>().prop_map(|raw| raw >> 18),
+        ], 1..30),
+        made in prop::collection::vec(any::<bool>(), 30),
+    ) {
+        let (mem, pages) = (memory_in_two(), Scattered(AtomicU64::new(0)));
+        let guest = GuestDtt::new(&mem, &pages, Levels::new(levels).unwrap(), 1).unwrap();
+        for (&raw, made) in raws.iter().zip(made) {
+            if made {
+                let _ = guest.leaf_table(&mem, &pages, gfn(raw));
+            }
+        }
+        let mut walker = Walker::new(guest.dtt(), &mem);
+        for &raw in raws.iter().chain(raws.iter().rev()) {
+            let (fresh, found) = (guest.dtt().leaf_table(&mem, gfn(raw)), walker.leaf_table(gfn(raw)));
+            match (fresh, found) {
+                (Ok(fresh), Ok(found)) => prop_assert!(std::ptr::eq(fresh.words(), found.words()), "{raw:#x}"),
+                (fresh, found) => prop_assert_eq!(fresh.unwrap_err(), found.unwrap_err()),
+            }
+        }
+    }
+
     /// What a guest maps is what a host finds, and nothing else; and the tables are as many as the pages need.
     #[test]
     fn a_host_finds_what_a_guest_mapped(
