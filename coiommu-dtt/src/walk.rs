@@ -4,6 +4,7 @@
 //! atomically, masked and checked; what it names is looked up as memory again; and the way is as long as the levels say,
 //! whatever the tables point to.
 
+use core::fmt;
 use core::sync::atomic::Ordering::Acquire;
 
 use crate::geometry::{DIRECTORY_ENTRIES, Gfn, Gpa, LEAF_ENTRIES, Levels, LevelsError, PAGE_SIZE};
@@ -119,8 +120,8 @@ impl Dtt {
 
     /// The leaf table that holds the entry of `gfn`.
     ///
-    /// Whoever calls this keeps the guest from freeing the table while it is in use: the host by the page's block lock
-    /// and, when unpinning, the park guard; the guest by its own table lock.
+    /// Whoever calls this keeps the guest from freeing the table while it is in use: the host by a request of the guest's
+    /// that it has not answered, or by the page's block lock and the park guard; the guest by its own table lock.
     ///
     /// # Errors
     ///
@@ -139,7 +140,6 @@ impl Dtt {
 ///
 /// What it remembers grows old. So it is for as long as the guest frees no table, as it does not while a request of its own
 /// waits for an answer; who has no such promise walks anew each time, with [`Dtt::leaf_table`].
-#[derive(Debug)]
 pub struct Walker<'m, M: TableMemory + ?Sized> {
     dtt: Dtt,
     mem: &'m M,
@@ -149,6 +149,13 @@ pub struct Walker<'m, M: TableMemory + ?Sized> {
     leaves: Option<(u64, LeafTable<'m, M::U32>)>,
     /// The memory that a leaf table was last found in, and where it begins.
     piece: Option<(u64, &'m [M::U32])>,
+}
+
+/// What it remembers is guest memory, which is not printed.
+impl<M: TableMemory + ?Sized> fmt::Debug for Walker<'_, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Walker").field("dtt", &self.dtt).finish_non_exhaustive()
+    }
 }
 
 impl<'m, M: TableMemory + ?Sized> Walker<'m, M> {
@@ -248,7 +255,6 @@ impl<'m, W: Word64> Directory<'m, W> {
 }
 
 /// A leaf table, looked up once: the entries of 1024 pages in a row.
-#[derive(Debug)]
 pub struct LeafTable<'m, W> {
     entries: &'m [W; LEAF_ENTRIES],
 }
@@ -260,6 +266,13 @@ impl<W> Clone for LeafTable<'_, W> {
 }
 
 impl<W> Copy for LeafTable<'_, W> {}
+
+/// Its entries are guest memory, which is not printed.
+impl<W> fmt::Debug for LeafTable<'_, W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LeafTable").finish_non_exhaustive()
+    }
+}
 
 impl<'m, W: Word32> LeafTable<'m, W> {
     /// The leaf table in this page.

@@ -3,7 +3,8 @@
 //! A VMM that passes a device through must pin what the device can reach, and without help that is all of the guest's
 //! memory. On CoIOMMU the guest counts its DMA mappings in a shared table (see [`coiommu_dtt`]), so the host pins a page
 //! when a device first needs it and takes it back once it is idle. This crate is that host, without anything around it:
-//! it knows no VFIO, no PCI, no sockets, starts no threads and reads no clock.
+//! it knows no VFIO, no PCI, no sockets, starts no threads, and is told
+//! the time.
 //!
 //! | module | what is there |
 //! | --- | --- |
@@ -11,7 +12,7 @@
 //! | [`region`] | [`RamRegion`], guest RAM that comes and goes |
 //! | [`policy`] | [`Policy`]: what one map call covers, when pages go |
 //! | [`request`] | [`PinRequest`]: decoding what a guest asks for |
-//! | [`pinner`] | [`Pinner`]: pin, tick, forced unpin, park, drain, regions |
+//! | [`pinner`] | [`Pinner`]: pin, tick, forced unpin, park, drain, regions; [`Clock`], by which it is told the time |
 //! | [`stats`] | counters and the latency of requests |
 //!
 //! Three rules carry the rest:

@@ -2,7 +2,7 @@
 //! gets in here.
 //!
 //! Guest memory is cut into blocks of 512 pages. Each region of RAM has [`Books`] of its blocks, made eight at a time when
-//! a page in them is first asked for, and gone with the region; a block that two regions share has a part in the books of
+//! a page in them is first asked for or to be unpinned on demand, and gone with the region; a block that two regions share has a part in the books of
 //! each. A block's lock protects its [`Block`], and with it every change of the mappings of its pages and every PINNED
 //! bit the host sets or clears there. With it may be taken: the list of holds, whatever the mapper locks. Nobody waits for
 //! the guest, for a park to end or for another block while holding one.
@@ -339,11 +339,10 @@ mod tests {
         let from = |from: u64| {
             let mut seen = Vec::new();
             let next = |gfn| all.iter().find(|books| books.gfns().end > gfn).cloned();
-            let see = |spot: Spot<'_>| {
+            let mut see = |spot: Spot<'_>| {
                 seen.push((spot.no.0, spot.first));
                 ControlFlow::<()>::Continue(())
             };
-            let mut see = see;
             assert!(visit(from, next, |books, from| books.visit(from, &mut see)).is_continue());
             seen
         };

@@ -97,8 +97,9 @@ impl Regions {
         next.map(|bank| Arc::clone(&bank.books))
     }
 
-    /// Enters a region and gives what was remembered of its place, cut to it. What was remembered beyond stays.
-    pub(crate) fn add(&mut self, bank: Bank) -> Vec<AbsentRegion> {
+    /// Enters a region and gives what was remembered of its place, cut to it. What was remembered beyond stays. Also gives
+    /// what had to be forgotten for it.
+    pub(crate) fn add(&mut self, bank: Bank) -> (Vec<AbsentRegion>, Vec<Range<u64>>) {
         let gfns = bank.region.gfns();
         let mut returning = Vec::new();
         let mut staying = Vec::new();
@@ -109,7 +110,7 @@ impl Regions {
         }
         self.absent = staying;
         self.present.insert(gfns.start, bank);
-        returning
+        (returning, self.forget_oldest())
     }
 
     /// Takes out the region that is exactly there; its memory is kept until [`let_go`](Self::let_go). Gives what had to be
@@ -117,30 +118,42 @@ impl Regions {
     pub(crate) fn remove(&mut self, gfns: &Range<u64>) -> Option<Vec<Range<u64>>> {
         self.present.get(&gfns.start).filter(|bank| bank.region.gfns() == *gfns)?;
         let bank = self.present.remove(&gfns.start)?;
-        let oldest = self.absent.iter().position(|absent| absent.bank.is_none());
-        let forgotten = match oldest {
-            Some(oldest) if self.absent.len() >= MOST_ABSENT => self.absent.remove(oldest).extents,
-            _ => Vec::new(),
-        };
         let identity = bank.region.file_identity();
         self.absent.push(AbsentRegion { gfns: gfns.clone(), identity, extents: Vec::new(), bank: Some(bank) });
-        Some(forgotten)
+        Some(self.forget_oldest())
+    }
+
+    /// Keeps what is remembered within bounds; what was mapped in the places that are forgotten.
+    fn forget_oldest(&mut self) -> Vec<Range<u64>> {
+        let mut forgotten = Vec::new();
+        while self.absent.len() > MOST_ABSENT {
+            let Some(oldest) = self.absent.iter().position(|absent| absent.bank.is_none()) else { break };
+            forgotten.extend(self.absent.remove(oldest).extents);
+        }
+        forgotten
     }
 
     /// Remembers what was mapped in regions that went.
     pub(crate) fn remember(&mut self, extents: Vec<Range<u64>>) {
         for extent in extents {
-            if let Some(absent) = self.absent.iter_mut().find(|absent| absent.gfns.contains(&extent.start)) {
+            // The last that went are the last.
+            if let Some(absent) = self.absent.iter_mut().rev().find(|absent| absent.gfns.contains(&extent.start)) {
                 absent.extents.push(extent);
             }
         }
     }
 
     /// Nothing of a region that went is mapped any more: its memory may go.
-    pub(crate) fn let_go(&mut self, gfns: &Range<u64>) {
-        for absent in &mut self.absent {
-            absent.bank.take_if(|bank| bank.region.gfns() == *gfns);
-        }
+    #[must_use = "it is dropped with no lock held"]
+    pub(crate) fn let_go(&mut self, gfns: &Range<u64>) -> Option<Bank> {
+        let absent = self.absent.iter_mut();
+        absent.filter_map(|absent| absent.bank.take_if(|bank| bank.region.gfns() == *gfns)).last()
+    }
+
+    /// Nothing is mapped any more: the memory of all regions that went may go.
+    #[must_use = "it is dropped with no lock held"]
+    pub(crate) fn let_all_go(&mut self) -> Vec<Bank> {
+        self.absent.iter_mut().filter_map(|absent| absent.bank.take()).collect()
     }
 
     /// Forgets what was mapped anywhere, and gives it; the places stay known as RAM that may return.
@@ -205,7 +218,7 @@ mod tests {
         let next = |regions: &Regions, from| regions.next_books(from).map(|books| books.gfns().start);
         let starts = [0, 9, 10, 19, 20, 39, 40].map(|from| next(&regions, from));
         assert_eq!(starts, [Some(0), Some(0), Some(10), Some(10), Some(30), Some(30), None]);
-        regions.let_go(&(10..20));
+        assert!(regions.let_go(&(10..20)).is_some());
         assert_eq!(next(&regions, 10), Some(30));
     }
 
@@ -217,14 +230,33 @@ mod tests {
         assert!(regions.remove(&(0..64)).is_some());
         regions.remember(vec![4..6, 30..36, 40..41]);
         assert!(regions.is_absent(63));
-        let back = regions.add(bank(0..32, Some(0)));
+        let (back, forgotten) = regions.add(bank(0..32, Some(0)));
+        assert_eq!(forgotten, []);
         assert_eq!(back.len(), 1);
         assert_eq!(back[0].extents, [4..6, 30..32]);
         assert!(!regions.is_absent(31));
-        let back = regions.add(bank(32..33, None));
+        let (back, _) = regions.add(bank(32..33, None));
         assert_eq!(back[0].extents.first(), Some(&(32..33)));
-        let back = regions.add(bank(33..64, None));
+        let (back, _) = regions.add(bank(33..64, None));
         assert_eq!(back[0].extents, [33..36, 40..41]);
         assert!(!regions.any_absent());
+    }
+
+    #[test]
+    fn places_that_were_ram_once_are_bounded() {
+        let mut regions = Regions::default();
+        let mut forgotten = 0;
+        // A large place that went, cut up by what comes and goes inside.
+        regions.add(bank(0..1 << 20, None));
+        regions.remove(&(0..1 << 20)).unwrap();
+        assert!(regions.let_go(&(0..1 << 20)).is_some());
+        regions.remember((0..1 << 20).step_by(100).map(|gfn| gfn..gfn + 1).collect());
+        for gfn in (50..4 * MOST_ABSENT as u64).step_by(2) {
+            forgotten += regions.add(bank(gfn..gfn + 1, None)).1.len();
+            forgotten += regions.remove(&(gfn..gfn + 1)).unwrap().len();
+            assert!(regions.let_go(&(gfn..gfn + 1)).is_some());
+            assert!(regions.absent.len() <= MOST_ABSENT);
+        }
+        assert!(forgotten > 0);
     }
 }

@@ -138,7 +138,7 @@ impl PinRequest {
     }
 
     /// Keeps the gfns of the piece at hand from index `from` on for the next step. This allocates; it happens only when
-    /// RAM is away, or when map calls are so slow that a step's time is over.
+    /// RAM is away, when there is no room, or when map calls are so slow that a step's time is over.
     pub(crate) fn keep_piece(&mut self, scratch: &mut Scratch, from: usize) {
         self.kept.clear();
         self.kept.extend_from_slice(scratch.piece().get(from..).unwrap_or_default());

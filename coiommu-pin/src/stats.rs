@@ -65,8 +65,8 @@ counters! {
     reclaims,
     /// Times the IOMMU and the pin map disagreed, and were brought together again.
     anomalies,
-    /// Pages that were mapped when their RAM went and are not since RAM came back: it was other RAM, they are held, or the
-    /// mapper refused.
+    /// Pages that were mapped when their RAM went and are not since RAM came back: it was other RAM, or the mapper
+    /// refused.
     pages_lost,
 }
 

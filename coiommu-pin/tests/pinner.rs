@@ -127,6 +127,7 @@ fn one_bad_page_does_not_spoil_the_others() {
     assert_eq!(rig.request(&pages), PinResult::Failed);
     assert_eq!(rig.mapped_pages(), [10, 11, 12, 13, 14, 15, 16, 18, 19]);
     assert!(!rig.is_pinned(17) && rig.is_pinned(19));
+    assert_eq!(rig.iommu.calls().map, 11, "all together, then each by itself");
     assert_eq!(rig.pinner.counters().pages_failed, 1);
 }
 

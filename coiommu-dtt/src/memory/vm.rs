@@ -8,7 +8,9 @@
 use core::slice;
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
-use vm_memory::{Address, AtomicInteger, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{
+    Address, AtomicInteger, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
+};
 
 use super::{MemoryError, TableMemory};
 use crate::geometry::Gpa;
@@ -23,16 +25,17 @@ impl<M: GuestMemoryBackend> TableMemory for M {
 
     fn piece32(&self, at: Gpa, count: usize) -> Result<(&[AtomicU32], usize), MemoryError> {
         const WORD: u64 = size_of::<AtomicU32>() as u64;
-        // All of them must be there in any case.
-        let wanted = self.words32(at, count)?;
-        let piece = self.to_region_addr(GuestAddress(at.raw())).and_then(|(region, start)| {
-            // Regions begin at a page, so at a word.
-            let before = usize::try_from(start.raw_value() / WORD).ok()?;
-            let all = usize::try_from(region.len() / WORD).ok()?;
-            let first = at.raw().checked_sub(start.raw_value())?;
-            Some((self.words32(Gpa::new(first), all).ok()?, before))
-        });
-        Ok(piece.unwrap_or((wanted, 0)))
+        let bytes = count.saturating_mul(size_of::<AtomicU32>());
+        let absent = MemoryError::Absent { at, bytes };
+        let (region, start) = self.to_region_addr(GuestAddress(at.raw())).ok_or(absent)?;
+        // A region may begin anywhere, but words are aligned here as they are there, or it lends none.
+        let (before, all) = (start.raw_value() / WORD, region.len() / WORD);
+        let (before, all) = usize::try_from(before).ok().zip(usize::try_from(all).ok()).ok_or(absent)?;
+        if start.raw_value() % WORD != 0 || before.checked_add(count).is_none_or(|end| end > all) {
+            // Whatever is wrong with that is said there.
+            return Ok((self.words32(at, count)?, 0));
+        }
+        Ok((words_in(region, MemoryRegionAddress(0), all, at)?, before))
     }
 
     fn words64(&self, at: Gpa, count: usize) -> Result<&[AtomicU64], MemoryError> {
@@ -51,9 +54,20 @@ impl<M: GuestMemoryBackend> TableMemory for M {
 
 /// `count` atomics from `at` on, all in one region.
 fn words<M: GuestMemoryBackend, A: AtomicInteger>(mem: &M, at: Gpa, count: usize) -> Result<&[A], MemoryError> {
+    let absent = MemoryError::Absent { at, bytes: count.saturating_mul(size_of::<A>()) };
+    let (region, start) = mem.to_region_addr(GuestAddress(at.raw())).ok_or(absent)?;
+    words_in(region, start, count, at)
+}
+
+/// `count` atomics of a region, from `start` on; `at` is where they were asked for.
+fn words_in<R: GuestMemoryRegion, A: AtomicInteger>(
+    region: &R,
+    start: MemoryRegionAddress,
+    count: usize,
+    at: Gpa,
+) -> Result<&[A], MemoryError> {
     let bytes = count.saturating_mul(size_of::<A>());
     let absent = MemoryError::Absent { at, bytes };
-    let (region, start) = mem.to_region_addr(GuestAddress(at.raw())).ok_or(absent)?;
     let memory = region.get_slice(start, bytes).map_err(|_| absent)?;
     if memory.len() != bytes {
         return Err(absent);
@@ -62,9 +76,10 @@ fn words<M: GuestMemoryBackend, A: AtomicInteger>(mem: &M, at: Gpa, count: usize
     if !first.is_aligned() {
         return Err(MemoryError::Misaligned { at });
     }
-    // SAFETY: vm-memory vouches that the `bytes` bytes at `first` are memory for as long as the region is borrowed, and
-    // so for as long as `mem` is (where a region stays mapped, see above); they are aligned for A (above) and hold `count` of them. An AtomicInteger is an integer
-    // of std's atomics, for which every bit pattern is valid, and which others may write while it is borrowed, as the
-    // guest does. No other kind of reference to guest memory is made anywhere.
+    // SAFETY: vm-memory vouches that the `bytes` bytes at `first` are memory for as long as the region is borrowed, and so
+    // for as long as what it is borrowed from (where a region stays mapped, see above); they are aligned for A and hold
+    // `count` of them (both checked above). An AtomicInteger is an integer of std's atomics, for which every bit pattern is
+    // valid, and which others may write while it is borrowed, as the guest does. No other kind of reference to guest memory
+    // is made anywhere.
     Ok(unsafe { slice::from_raw_parts(first, count) })
 }

@@ -85,8 +85,7 @@ impl Drop for Hold {
 /// The ranges that are held.
 #[derive(Debug, Default)]
 pub(super) struct Holds {
-    /// How many there are. Release and acquire with the list's lock: whoever locks a block after the holder has looked at
-    /// it, or made it after, sees the hold.
+    /// How many there are. Release and acquire: whoever locks a block after the holder has locked it sees the hold.
     count: AtomicUsize,
     list: Mutex<List>,
 }
@@ -162,14 +161,18 @@ impl<S: TableSpace> Pinner<S> {
                     drop(spot.block.lock());
                     return ControlFlow::Break(Stop::Pause);
                 }
-                Err(NotNow::Busy) => unpin.report.busy += mapped(),
+                Err(NotNow::Busy | NotNow::Over) => unpin.report.busy += mapped(),
             }
             ControlFlow::Continue(())
         };
         let next_books = |gfn: u64| if gfn < gfns.end { self.next_books(gfn) } else { None };
         let stopped = pin_map::visit(from, next_books, |books, from| books.visit_all(from..gfns.end, &mut visit));
         match stopped {
-            ControlFlow::Continue(()) => self.finish_unpin(unpin, in_time),
+            ControlFlow::Continue(()) => {
+                // Whoever comes back only to finish works on no block twice.
+                unpin.next = u64::MAX;
+                self.finish_unpin(unpin, in_time)
+            }
             ControlFlow::Break(Stop::Pause) => UnpinStep::More(unpin),
             ControlFlow::Break(Stop::Parked) => UnpinStep::Wait(unpin),
         }
@@ -202,7 +205,8 @@ impl<S: TableSpace> Pinner<S> {
 
     fn unpin_in_block(&self, spot: Spot<'_>, pages: PageSet) -> Result<UnpinReport, NotNow> {
         let (no, activation) = (spot.no, self.activation.read());
-        // A drain that is under way clears PINNED on what it unmaps: leave that to it.
+        // A drain that is under way clears PINNED on what it unmaps: leave that to it. The lock comes before those that are
+        // held here, so it is only tried.
         let _no_drain = match activation.dtt {
             Some(_) => None,
             None => Some(self.changing_regions.try_lock().ok_or(NotNow::Busy)?),

@@ -12,9 +12,10 @@
 //! Locks, in the order in which they are taken. Nobody waits for the guest, or for a park to end, with any of them held.
 //!
 //! 1. `changing_regions`: while RAM comes or goes, and while draining, so that these come one after the other.
-//! 2. `stale`, then `activation` (read): while the table is used; written to activate and deactivate.
-//! 3. `regions` (read): for one step of a request, so that whether a page may be mapped does not change under it; else for
-//!    one look. Written with nothing but the first held: a pin that looked before is over by then, a pin that looks later
+//! 2. `stale`, then `activation` (read): while the table is used; written to activate and deactivate. A forced unpin with
+//!    no table in use *tries* the first with this one held.
+//! 3. `regions` (read): for one step of a request, so that whether a page may be mapped does not change under it, and
+//!    while PINNED is cleared on what is lost; else for one look. Written with nothing but the first held: a pin that looked before is over by then, a pin that looks later
 //!    sees the change. Then the blocks are cleared, each under its lock.
 //! 4. `park` (read): while one block is unpinned. Blocks are only *tried* under it, so that whoever parks waits for one
 //!    block's unmap at most.
@@ -225,7 +226,12 @@ impl<S: TableSpace> Pinner<S> {
         self.forget_absent(table);
         let mut pages = 0;
         self.each_block(|spot| pages += self.drain_block(spot.no, &mut spot.block.lock(), table));
-        if pages == 0 { Ok(()) } else { Err(DrainError { pages }) }
+        if pages > 0 {
+            return Err(DrainError { pages });
+        }
+        let gone = self.regions.write().let_all_go();
+        drop(gone);
+        Ok(())
     }
 
     /// Whether there is a table in use.
@@ -252,13 +258,13 @@ impl<S: TableSpace> Pinner<S> {
         &self.config.policy
     }
 
-    /// Pages mapped for the devices now; for a moment also those whose map call is under way.
+    /// Pages mapped for the devices now, but for those of a step of a request that is under way.
     #[must_use]
     pub fn pinned_pages(&self) -> u64 {
         self.totals.pages()
     }
 
-    /// Mappings (extents) now.
+    /// Mappings (extents) now, but for those of a step of a request that is under way.
     #[must_use]
     pub fn mappings(&self) -> u64 {
         self.totals.mappings()

@@ -7,7 +7,7 @@ use std::time::Duration;
 use arrayvec::ArrayVec;
 use coiommu_dtt::memory::Word32;
 use coiommu_dtt::walk::WalkError;
-use coiommu_dtt::{Dtt, Gfn, Leaf, LeafTable, RequestWord, TableMemory, Walker};
+use coiommu_dtt::{Gfn, Leaf, LeafTable, RequestWord, TableMemory, Walker};
 
 use super::mapping::Tally;
 use super::unpin::Need;
@@ -53,6 +53,13 @@ pub enum PinResult {
     Refused(Refusal),
 }
 
+/// What became of a step.
+enum Served {
+    Step(Step),
+    /// There is no room: some is to be made, with no lock held, before the piece is served again.
+    Short(Need),
+}
+
 /// What became of a piece, in pages.
 #[derive(Debug, Default)]
 struct Piece {
@@ -61,6 +68,8 @@ struct Piece {
     failed: u64,
     absent: u64,
     timed_out: bool,
+    /// It ended for want of room.
+    short: Option<Need>,
 }
 
 /// What became of a share of a piece.
@@ -90,7 +99,8 @@ struct Times<'a> {
 impl Times<'_> {
     /// Reads the clock: whether the guest has given up, or is about to.
     fn is_over(&self) -> bool {
-        self.now.set(self.clock.roughly());
+        // It may lag behind the first reading, which was exact.
+        self.now.set(self.now.get().max(self.clock.roughly()));
         self.now.get() >= self.end
     }
 
@@ -130,8 +140,6 @@ enum NoLeaves {
 /// one that does all the same has words of its own memory changed.
 struct Serving<'s, S: TableSpace> {
     pinner: &'s Pinner<S>,
-    dtt: Dtt,
-    mem: &'s Memory<S>,
     regions: &'s Regions,
     /// The region that was looked up last.
     bank: Option<&'s Bank>,
@@ -160,9 +168,22 @@ impl<S: TableSpace> Pinner<S> {
     }
 
     /// Serves the next piece of a request, for [`PinnerConfig::step_time`](super::PinnerConfig::step_time) and one block's
-    /// map calls at most.
+    /// map calls at most. Once a request, where there is no room, some is made in between, which may take until the
+    /// request's time is over.
     pub fn step(&self, request: &mut PinRequest, scratch: &mut Scratch, clock: &dyn Clock) -> Step {
-        let step = self.serve_piece(request, scratch, clock);
+        let step = match self.serve_piece(request, scratch, clock) {
+            Served::Step(step) => step,
+            Served::Short(need) => {
+                request.made_room = true;
+                let end = request.taken.saturating_add(self.config.request_time);
+                self.make_room(need, request.activation, &|| clock.roughly() >= end);
+                // At once, before others take the room.
+                match self.serve_piece(request, scratch, clock) {
+                    Served::Step(step) => step,
+                    Served::Short(_) => Step::More,
+                }
+            }
+        };
         if let Step::Done(result) = step {
             self.finish(request, result, clock);
         }
@@ -197,15 +218,15 @@ impl<S: TableSpace> Pinner<S> {
         self.latency.record(clock.now().saturating_sub(request.taken));
     }
 
-    fn serve_piece(&self, request: &mut PinRequest, scratch: &mut Scratch, clock: &dyn Clock) -> Step {
+    fn serve_piece(&self, request: &mut PinRequest, scratch: &mut Scratch, clock: &dyn Clock) -> Served {
         let activation = self.activation.read();
         let Some(dtt) = activation.dtt.filter(|_| activation.number == request.activation) else {
-            return Step::Done(PinResult::Refused(Refusal::NotActive));
+            return Served::Step(Step::Done(PinResult::Refused(Refusal::NotActive)));
         };
         let now = clock.now();
         let end = request.taken.saturating_add(self.config.request_time);
         if now >= end {
-            return Step::Done(PinResult::TimedOut);
+            return Served::Step(Step::Done(PinResult::TimedOut));
         }
         let times = Times { clock, now: Cell::new(now), pause: now.saturating_add(self.config.step_time), end };
         let may_wait = request.waits && now < request.taken.saturating_add(self.config.absent_time);
@@ -213,39 +234,42 @@ impl<S: TableSpace> Pinner<S> {
         let view = self.space.view();
         if let Err(refusal) = request.read_piece(&*view, &self.config.endpoints, scratch) {
             let is_away = matches!(refusal, Refusal::Unreadable(_)) && regions.any_absent();
-            return if may_wait && is_away { Step::Wait } else { Step::Done(PinResult::Refused(refusal)) };
+            let step = if may_wait && is_away { Step::Wait } else { Step::Done(PinResult::Refused(refusal)) };
+            return Served::Step(step);
         }
         let mut serving = Serving {
             pinner: self,
-            dtt,
-            mem: &*view,
             regions: &regions,
             bank: None,
             walker: Walker::new(dtt, &*view),
             times,
             tally: Tally::new(self),
         };
-        let piece = serving.pin_piece(&mut request.made_room, scratch.piece());
-        if piece.absent > 0 && may_wait && !piece.timed_out {
-            // The same again: pages that are pinned by now cost little then.
+        let piece = serving.pin_piece(!request.made_room, scratch.piece());
+        // The same again: pages that are pinned by now cost little then.
+        if let Some(need) = piece.short {
             request.keep_piece(scratch, 0);
-            return Step::Wait;
+            return Served::Short(need);
+        }
+        if piece.absent > 0 && may_wait && !piece.timed_out {
+            request.keep_piece(scratch, 0);
+            return Served::Step(Step::Wait);
         }
         request.keep_piece(scratch, piece.served);
         request.asked += piece.served as u64;
         request.failed += piece.failed + piece.absent;
-        match (piece.timed_out, request.is_served(), request.failed) {
+        Served::Step(match (piece.timed_out, request.is_served(), request.failed) {
             (true, _, _) => Step::Done(PinResult::TimedOut),
             (false, false, _) => Step::More,
             (false, true, 0) => Step::Done(PinResult::Pinned),
             (false, true, _) => Step::Done(PinResult::Failed),
-        }
+        })
     }
 }
 
 impl<'s, S: TableSpace> Serving<'s, S> {
-    /// Pins the pages of a sorted piece, until its end or a time's.
-    fn pin_piece(&mut self, made_room: &mut bool, mut rest: &[u64]) -> Piece {
+    /// Pins the pages of a sorted piece, until its end or a time's, or until room is to be made.
+    fn pin_piece(&mut self, may_make_room: bool, mut rest: &[u64]) -> Piece {
         let mut piece = Piece::default();
         let mut shares = ArrayVec::<_, BLOCKS_AHEAD>::new();
         while !rest.is_empty() {
@@ -258,15 +282,20 @@ impl<'s, S: TableSpace> Serving<'s, S> {
                     return piece;
                 }
                 piece.served += share.gfns.len();
-                match self.pin_share_with_room(share, made_room) {
+                match self.pin_share(share) {
                     Outcome::Pinned => {}
                     Outcome::Failed(failed) => piece.failed += failed,
+                    Outcome::Short { short, .. } if may_make_room => {
+                        piece.short = Some(short);
+                        return piece;
+                    }
                     Outcome::Short { failed, short } => piece.failed += failed + short.pages,
                     Outcome::Absent { absent, failed } => {
                         piece.absent += absent;
                         piece.failed += failed;
                     }
                     Outcome::TimedOut => {
+                        piece.failed += share.gfns.len() as u64;
                         piece.timed_out = true;
                         return piece;
                     }
@@ -300,11 +329,11 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         let bank = self.bank?;
         let block = bank.books.block(first)?;
         let gfn = Gfn::new(first)?;
+        prefetch(block);
         let leaves = self.walker.leaf_table(gfn).map_err(|error| match error {
             WalkError::Unreadable(_) if self.regions.any_absent() => NoLeaves::Absent,
             _ => NoLeaves::Never,
         });
-        prefetch(block);
         if let Ok(table) = leaves {
             for gfn in gfns.iter().take(LEAVES_AHEAD).filter_map(|&gfn| Gfn::new(gfn)) {
                 prefetch(&table.words()[gfn.leaf_index()]);
@@ -313,31 +342,17 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         Some(Place { no: BlockNo::of(gfn), bank, block, leaves })
     }
 
-    /// Pins a share; if there is no room, makes some, once a request, and tries again.
-    fn pin_share_with_room(&mut self, share: &Share<'s, '_, Words<S>>, made_room: &mut bool) -> Outcome {
-        let outcome = self.pin_share(share);
-        let Outcome::Short { short, .. } = outcome else { return outcome };
-        if std::mem::replace(made_room, true) {
-            return outcome;
-        }
-        self.tally.settle();
-        let is_over = || self.times.is_over();
-        if !self.pinner.make_room(short, self.dtt, self.mem, self.regions, &is_over) {
-            return outcome;
-        }
-        self.pin_share(share)
-    }
-
     fn pin_share(&mut self, share: &Share<'s, '_, Words<S>>) -> Outcome {
         let Some(place) = &share.place else {
             return self.without_ram(share.gfns);
         };
-        let mut block = place.block.lock();
         let table = match place.leaves {
             Ok(table) => table,
+            Err(_) if self.times.is_over() => return Outcome::TimedOut,
             Err(NoLeaves::Absent) => return Outcome::Absent { absent: share.gfns.len() as u64, failed: 0 },
             Err(NoLeaves::Never) => return Outcome::Failed(share.gfns.len() as u64),
         };
+        let mut block = place.block.lock();
         let held = self.pinner.holds.pages_of(place.no);
         // Most shares are one run of pages of which none is mapped.
         if let Some(run) = whole_run(share.gfns).filter(|_| held.is_none() && !self.speculates())
@@ -368,7 +383,9 @@ impl<'s, S: TableSpace> Serving<'s, S> {
             if let Err(error) = self.map_extent(place, block, tried.clone()) {
                 let mut mapping = Mapping { place, held: None, failed: PageSet::EMPTY, is_short: false };
                 self.refused(&mut mapping, block, tried, error);
-                self.map_gap(&mut mapping, block, at..run.end);
+                if at < run.end {
+                    self.map_gap(&mut mapping, block, at..run.end);
+                }
                 let before = *block.mapped() - PageSet::range(run);
                 return self.end_share(&mapping, block, table, gfns, before);
             }
@@ -427,6 +444,9 @@ impl<'s, S: TableSpace> Serving<'s, S> {
 
     /// What becomes of pages that are in no region.
     fn without_ram(&self, gfns: &[u64]) -> Outcome {
+        if self.times.is_over() {
+            return Outcome::TimedOut;
+        }
         let absent = gfns.iter().filter(|&&gfn| self.regions.is_absent(gfn)).count() as u64;
         Outcome::Absent { absent, failed: gfns.len() as u64 - absent }
     }
@@ -463,12 +483,18 @@ impl<'s, S: TableSpace> Serving<'s, S> {
 
     /// Maps adjacent pages that are not mapped and not held, in extents as the policy says.
     fn map_gap(&mut self, mapping: &mut Mapping<'_, 's, Words<S>>, block: &mut Block, gap: Range<usize>) {
+        if mapping.is_short {
+            return;
+        }
         match self.pinner.config.policy.extent {
             ExtentPolicy::Page => self.map_singly(mapping, block, gap),
             ExtentPolicy::Run => self.map_run(mapping, block, gap),
             ExtentPolicy::Aligned(size) => {
                 let mut at = gap.start;
                 while let Some(left) = block.mapped().gap_in(at..gap.end) {
+                    if mapping.is_short {
+                        return;
+                    }
                     if !self.map_around(mapping, block, left.start, size.pages()) {
                         at = left.end;
                         self.map_run(mapping, block, left);

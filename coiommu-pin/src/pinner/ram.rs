@@ -38,17 +38,18 @@ impl<S: TableSpace> Pinner<S> {
         let stuck =
             leaving.iter().filter(|old| intersection(old, &gfns).is_some()).map(|old| self.clear_out(old)).sum();
         if stuck > 0 {
+            self.count_region_change();
             return Err(RegionError::Stuck { gpa, pages: stuck });
         }
         let bank = Bank::new(region);
-        let returning = self.regions.write().add(bank.clone());
+        let (returning, forgotten) = self.regions.write().add(bank.clone());
         let lost: Vec<_> = returning.iter().flat_map(|absent| self.bring_back(absent, &bank)).collect();
         let pages: u64 = lost.iter().map(|run| run.end - run.start).sum();
         if pages > 0 {
             self.counts.pages_lost.add(pages);
             log::warn!("{pages} pages were pinned when the RAM at {gpa} went, and are not any more");
         }
-        self.clear_stale(lost);
+        self.clear_stale(lost.into_iter().chain(forgotten));
         self.count_region_change();
         Ok(())
     }
@@ -106,9 +107,10 @@ impl<S: TableSpace> Pinner<S> {
         });
         let mut regions = self.regions.write();
         regions.remember(gone);
-        if stuck == 0 {
-            regions.let_go(gfns);
-        }
+        let gone = if stuck == 0 { regions.let_go(gfns) } else { None };
+        drop(regions);
+        // Not with the lock held: its owner may take long to go.
+        drop(gone);
         stuck
     }
 
@@ -140,7 +142,7 @@ impl<S: TableSpace> Pinner<S> {
 
     /// Clears PINNED on pages whose mappings are forgotten, and on those where it could not be done before because their
     /// table was away.
-    fn clear_stale(&self, ranges: Vec<Range<u64>>) {
+    fn clear_stale(&self, ranges: impl IntoIterator<Item = Range<u64>>) {
         let mut stale = self.stale.lock();
         stale.extend(ranges);
         if stale.is_empty() {
@@ -172,7 +174,6 @@ impl<S: TableSpace> Pinner<S> {
         let Some(no) = Gfn::new(range.start).map(BlockNo::of) else {
             return true;
         };
-        let leaves = Leaves::find(no, dtt, mem);
         let regions = self.regions.read();
         let mut rest = no.pages_in(range);
         for bank in regions.touching(range) {
@@ -180,10 +181,12 @@ impl<S: TableSpace> Pinner<S> {
             rest -= here;
             if let Some(block) = here.first_from(0).and_then(|page| bank.books.block(no.gfn(page).raw())) {
                 let block = block.lock();
-                leaves.clear_pinned(here - *block.mapped());
+                // Under the lock: until their PINNED is cleared, the guest has no reason to free the table.
+                Leaves::find(no, dtt, mem).clear_pinned(here - *block.mapped());
             }
         }
         // Where there is no RAM, nothing is mapped, and nobody sets PINNED.
+        let leaves = Leaves::find(no, dtt, mem);
         leaves.clear_pinned(rest);
         !leaves.are_away()
     }

@@ -9,9 +9,8 @@ use coiommu_dtt::{Dtt, Leaf, LeafEntry, LeafTable, TableMemory};
 
 use super::Pinner;
 use crate::page_set::{BLOCK_PAGES, PageSet, WORD_PAGES};
-use crate::pin_map::{self, Block, BlockNo, Spot};
+use crate::pin_map::{Block, BlockNo, Spot};
 use crate::policy::Policy;
-use crate::region_table::Regions;
 use crate::space::{Memory, TableSpace};
 
 /// Which extents of a block are to go.
@@ -52,7 +51,7 @@ pub(super) struct Unpinned {
     pub(super) limit_ended: bool,
     /// The block was not looked at, as nothing changed there for long.
     pub(super) resting: bool,
-    /// Some extent has no page that is counted.
+    /// Some extent that stays has no page that is counted.
     pub(super) any_uncounted: bool,
 }
 
@@ -63,6 +62,8 @@ pub(super) enum NotNow {
     Parked,
     /// Somebody works on the block.
     Busy,
+    /// The table that it was to be done by is not in use any more.
+    Over,
 }
 
 /// How much room is needed.
@@ -113,8 +114,11 @@ impl<S: TableSpace> Pinner<S> {
     /// `budget` pages, but for one extent that is larger by itself. Everything else ages. Does nothing while parked or
     /// not active.
     pub fn tick(&self, budget: Option<u64>) -> TickReport {
-        let start = *self.hand.lock();
         let mut report = TickReport::default();
+        if *self.park.read() > 0 {
+            return report;
+        }
+        let start = *self.hand.lock();
         // To the end, then from the beginning to where it started.
         if let Some(at) = self.sweep(start, u64::MAX, budget, &mut report) {
             *self.hand.lock() = at;
@@ -177,27 +181,21 @@ impl<S: TableSpace> Pinner<S> {
                 report.passed_over += 1;
                 true
             }
-            Err(NotNow::Parked) => false,
+            Err(NotNow::Parked | NotNow::Over) => false,
         }
     }
 
     /// Frees idle extents until there is room, and at least 1/64 of the mappings: first those that were not accessed
-    /// since they aged. Goes on where it ended the last time. Called with no block locked. Whether anything was freed.
-    pub(super) fn make_room(
-        &self,
-        need: Need,
-        dtt: Dtt,
-        mem: &Memory<S>,
-        regions: &Regions,
-        is_over: &dyn Fn() -> bool,
-    ) -> bool {
+    /// since they aged. Goes on where it ended the last time, for as long as the activation with this number lasts. Called
+    /// with no lock held.
+    pub(super) fn make_room(&self, need: Need, activation: u64, is_over: &dyn Fn() -> bool) {
         self.counts.reclaims.add(1);
         let need = Need { mappings: need.mappings.max(self.totals.mappings() / 64), ..need };
         let start = *self.room_hand.lock();
         let mut room = Room::default();
         for ask in [Ask::IdleOnly, Ask::Uncounted] {
             for part in [start..u64::MAX, 0..start] {
-                let visit = |spot: Spot<'_>| {
+                let stopped = self.visit(part.start, |spot| {
                     if spot.first >= part.end {
                         return ControlFlow::Break(false);
                     }
@@ -205,30 +203,32 @@ impl<S: TableSpace> Pinner<S> {
                         *self.room_hand.lock() = spot.first;
                         return ControlFlow::Break(true);
                     }
-                    let work = |block: &mut Block| self.unpin_block(spot.no, block, ask, Limit::NONE, dtt, mem);
-                    match self.try_block(spot, work) {
-                        Ok(unpinned) => {
-                            self.counts.pages_unpinned_for_room.add(unpinned.pages);
-                            room.add(unpinned);
-                        }
+                    match self.make_room_in(spot, ask, activation) {
+                        Ok(unpinned) => room.add(unpinned),
                         Err(NotNow::Busy) => {}
-                        Err(NotNow::Parked) => return ControlFlow::Break(true),
+                        Err(NotNow::Parked | NotNow::Over) => return ControlFlow::Break(true),
                     }
                     ControlFlow::Continue(())
-                };
-                let mut visit = visit;
-                let next_books = |gfn| regions.next_books(gfn);
-                let stopped = pin_map::visit(part.start, next_books, |books, from| books.visit(from, &mut visit));
+                });
                 if stopped == ControlFlow::Break(true) {
-                    return room.pages > 0;
+                    return;
                 }
             }
             if !room.any_uncounted {
                 // Everything is in use: a second pass would find no more.
-                break;
+                return;
             }
         }
-        room.pages > 0
+    }
+
+    /// Frees what may go of one block.
+    fn make_room_in(&self, spot: Spot<'_>, ask: Ask, number: u64) -> Result<Unpinned, NotNow> {
+        let activation = self.activation.read();
+        let dtt = activation.dtt.filter(|_| activation.number == number).ok_or(NotNow::Over)?;
+        let work = |block: &mut Block| self.unpin_block(spot.no, block, ask, Limit::NONE, dtt, &self.space.view());
+        let unpinned = self.try_block(spot, work)?;
+        self.counts.pages_unpinned_for_room.add(unpinned.pages);
+        Ok(unpinned)
     }
 
     /// Works on one block under the park guard and the block's lock, which is only tried.
@@ -265,7 +265,6 @@ impl<S: TableSpace> Pinner<S> {
         }
         let look = leaves.look(candidates);
         self.counts.leaves_looked_at.add(look.leaves);
-        unpinned.any_uncounted = !(candidates & look.uncounted).is_empty();
         let free = match ask {
             Ask::Idle | Ask::IdleOnly => look.uncounted - look.accessed,
             Ask::Uncounted | Ask::Forced(_) => look.uncounted,
@@ -274,6 +273,10 @@ impl<S: TableSpace> Pinner<S> {
         let chosen;
         (chosen, unpinned.limit_ended) = choose(block, candidates & free, limit);
         let going = leaves.swap_away(block, chosen, clear_first);
+        if matches!(ask, Ask::IdleOnly) {
+            let (uncounted, _) = choose(block, candidates & look.uncounted, Limit::NONE);
+            unpinned.any_uncounted = uncounted != going;
+        }
         if !going.is_empty() {
             let unmapped = self.unmap_extents(no, block, going);
             leaves.set_pinned(unmapped.refused);
