@@ -218,7 +218,7 @@ mod tests {
 
     use super::*;
 
-    const RAM: usize = 1 << 20;
+    const RAM: usize = 1 << 17;
 
     fn memory() -> GuestMemoryMmap {
         GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).unwrap()

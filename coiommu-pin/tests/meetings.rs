@@ -17,10 +17,9 @@ use coiommu_pin::pinner::{Drain, ForcedUnpin, PinResult, Pinner, PinnerConfig, U
 use coiommu_pin::request::Scratch;
 use coiommu_pin::{Backing, DmaMapper, Limits, MapError, Policy, RamRegion};
 use coiommu_vfio::SoftIommu;
-use rig::{PAGE, Pages, Space, gfn, ram};
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use rig::{PAGE, Pages, Space, TABLES, gfn, ram};
+use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
 
-const TABLES: u64 = 1 << 30;
 /// A page of the first block, and one of the second.
 const NEAR: u64 = 5;
 const FAR: u64 = 600;
@@ -79,8 +78,8 @@ impl Bed {
     /// Two blocks of RAM with a page pinned in each, which nobody counts.
     fn new() -> Self {
         let ram = ram(&(0..1024));
-        let tables = Arc::new(GuestRegionMmap::from_range(GuestAddress(TABLES), 1 << 20, None).unwrap());
-        let memory = Arc::new(GuestMemoryMmap::from_arc_regions(vec![Arc::clone(&ram), tables]).unwrap());
+        let regions = [Arc::clone(&ram)].into_iter().chain(rig::tables()).collect();
+        let memory = Arc::new(GuestMemoryMmap::from_arc_regions(regions).unwrap());
         let meeting = Arc::new(Meeting { iommu: SoftIommu::new(), next: Mutex::default() });
         let bdf = Bdf::new(0x18).unwrap();
         let config = PinnerConfig::new(Policy::default(), vec![bdf]);

@@ -10,6 +10,12 @@ use coiommu_dtt::LeafEntry;
 use proptest::prelude::*;
 use rig::{GFNS, PAGE, RAM, Rig, is_ram};
 
+/// The ends of what a run has: steps, and in a step pages here and there, or in a row. Small under Miri, which takes a tenth
+/// of a second for a page.
+const STEPS: usize = if cfg!(miri) { 8 } else { 60 };
+const SCATTERED: usize = if cfg!(miri) { 5 } else { 40 };
+const RUN: u64 = if cfg!(miri) { 10 } else { 80 };
+
 #[derive(Clone, Debug)]
 enum Op {
     /// The guest maps pages, and keeps them mapped.
@@ -27,8 +33,8 @@ enum Op {
 
 fn pages() -> impl Strategy<Value = Vec<u64>> {
     let page = prop_oneof![8 => 0..GFNS, 4 => 290_u64..330, 4 => 505_u64..520, 1 => 1_u64 << 30..1 << 31];
-    let runs = (0..GFNS, 1_u64..80).prop_map(|(first, pages)| (first..first + pages).collect());
-    prop_oneof![prop::collection::vec(page, 1..40), runs]
+    let runs = (0..GFNS, 1..RUN).prop_map(|(first, pages)| (first..first + pages).collect());
+    prop_oneof![prop::collection::vec(page, 1..SCATTERED), runs]
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
@@ -43,7 +49,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         1 => Just(Op::Unpark),
         1 => Just(Op::Deactivate),
     ];
-    prop::collection::vec(op, 1..60)
+    prop::collection::vec(op, 1..STEPS)
 }
 
 /// What one page's leaf says.

@@ -1,4 +1,5 @@
-//! Calls from many threads, and devices that do not wait for any of them.
+//! Calls from many threads, and devices that do not wait for any of them. Under Miri, which is slow and looks for races by
+//! itself, in few rounds.
 
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,7 +11,7 @@ use super::{Bed, Device, Skip};
 use crate::MapError;
 
 pub(super) fn keep_out_of_each_others_ranges(bed: &dyn Bed) -> Result<(), Skip> {
-    const ROUNDS: u64 = 1000;
+    const ROUNDS: u64 = if cfg!(miri) { 10 } else { 1000 };
     let field = Field::new(bed);
     let start = Barrier::new(2);
     let work = |first: u64| {
@@ -37,7 +38,7 @@ pub(super) fn keep_out_of_each_others_ranges(bed: &dyn Bed) -> Result<(), Skip> 
 }
 
 pub(super) fn that_race_have_one_winner(bed: &dyn Bed) -> Result<(), Skip> {
-    const ROUNDS: u64 = 200;
+    const ROUNDS: u64 = if cfg!(miri) { 10 } else { 200 };
     let field = Field::new(bed);
     for _ in 0..ROUNDS {
         let start = Barrier::new(2);
@@ -59,7 +60,7 @@ pub(super) fn that_race_have_one_winner(bed: &dyn Bed) -> Result<(), Skip> {
 }
 
 pub(super) fn see_no_access_after_unmap(bed: &dyn Bed) -> Result<(), Skip> {
-    const ROUNDS: u64 = 20;
+    const ROUNDS: u64 = if cfg!(miri) { 5 } else { 20 };
     const TURNS: u64 = 5;
     const PATIENCE: Duration = Duration::from_secs(10);
     let field = Field::new(bed);

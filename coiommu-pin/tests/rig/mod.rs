@@ -22,8 +22,15 @@ pub const PAGE: u64 = 4096;
 pub const RAM: [Range<u64>; 3] = [0..300, 310..1100, 1536..2100];
 /// Gfns that tests ask for reach beyond RAM.
 pub const GFNS: u64 = 2200;
-const TABLES: u64 = 1 << 30;
-const BATCH: u64 = TABLES + (4 << 20);
+/// Where the guest has its tables.
+pub const TABLES: u64 = 1 << 30;
+/// Pages for the tables, and for one batch after them.
+const TABLE_PAGES: u64 = 12;
+const BATCH_PAGES: u64 = 4;
+const BATCH: u64 = TABLES + TABLE_PAGES * PAGE;
+/// How many of them are one region. A table is lent out with all of its region, and Miri looks at each word of what is lent:
+/// tests that take milliseconds would take minutes.
+const REGION_PAGES: u64 = if cfg!(miri) { 2 } else { TABLE_PAGES + BATCH_PAGES };
 
 pub type Space = Arc<GuestMemoryMmap>;
 
@@ -82,6 +89,16 @@ pub fn ram(gfns: &Range<u64>) -> Arc<GuestRegionMmap> {
     )
 }
 
+/// Memory for the guest's tables, and for a batch.
+pub fn tables() -> impl Iterator<Item = Arc<GuestRegionMmap>> {
+    let bytes = usize::try_from(REGION_PAGES * PAGE).unwrap();
+    let regions = 0..(TABLE_PAGES + BATCH_PAGES) / REGION_PAGES;
+    regions.map(move |n| {
+        let start = GuestAddress(TABLES + n * REGION_PAGES * PAGE);
+        Arc::new(GuestRegionMmap::from_range(start, bytes, None).unwrap())
+    })
+}
+
 /// A file's memory.
 #[cfg(not(miri))]
 fn mapping(bytes: usize, place: FileOffset) -> MmapRegion {
@@ -114,8 +131,7 @@ impl Rig {
     pub fn with_iommu(policy: &str, iommu: SoftIommu) -> Self {
         let policy: Policy = policy.parse().unwrap();
         let ram: Vec<_> = RAM.iter().map(ram).collect();
-        let tables = Arc::new(GuestRegionMmap::from_range(GuestAddress(TABLES), 8 << 20, None).unwrap());
-        let regions = ram.iter().cloned().chain([tables]).collect();
+        let regions = ram.iter().cloned().chain(tables()).collect();
         let memory = Arc::new(GuestMemoryMmap::from_arc_regions(regions).unwrap());
         let iommu = Arc::new(iommu);
         let bdf = Bdf::new(0x18).unwrap();
