@@ -16,7 +16,7 @@ use super::{MemoryError, TableMemory};
 use crate::geometry::Gpa;
 
 /// The most words that are lent at once. Miri looks at each of them whenever they are handed on.
-const LARGEST_PIECE: usize = if cfg!(miri) { 1 << 12 } else { usize::MAX };
+const LARGEST_PIECE: usize = if cfg!(miri) { 1 << 12 } else { usize::MAX / size_of::<AtomicU32>() };
 
 impl<M: GuestMemoryBackend> TableMemory for M {
     type U32 = AtomicU32;
