@@ -243,6 +243,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "thousands of places, and nothing unsafe")]
     fn places_that_were_ram_once_are_bounded() {
         let mut regions = Regions::default();
         let mut forgotten = 0;
