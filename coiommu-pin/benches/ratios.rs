@@ -38,7 +38,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let mut results = Vec::new();
-    let is_wanted = |name: &str| wanted.is_empty() || wanted.iter().any(|part| name.contains(part));
+    let is_wanted = |name: &str| wanted.is_empty() || wanted.iter().any(|start| name.starts_with(start));
     for (name, make) in scenes::ALL.into_iter().filter(|(name, _)| is_wanted(name)) {
         match make() {
             Ok(mut scene) => results.push(time(name, &mut scene)),

@@ -21,7 +21,11 @@ impl PageSet {
         set
     }
 
+    #[inline]
     pub(crate) fn insert(&mut self, pages: Range<usize>) {
+        if pages.len() == 1 {
+            return self.insert_page(pages.start);
+        }
         let mut at = pages.start;
         while at < pages.end.min(BLOCK_PAGES) {
             let (word, bits, end) = word_of(at, pages.end);
@@ -30,12 +34,14 @@ impl PageSet {
         }
     }
 
+    #[inline]
     pub(crate) fn insert_page(&mut self, page: usize) {
         if let Some(word) = self.0.get_mut(page / WORD_PAGES) {
             *word |= 1 << (page % WORD_PAGES);
         }
     }
 
+    #[inline]
     pub(crate) fn contains(&self, page: usize) -> bool {
         self.0.get(page / WORD_PAGES).is_some_and(|word| word >> (page % WORD_PAGES) & 1 == 1)
     }
@@ -94,6 +100,9 @@ impl PageSet {
     /// Whether no page of a range is in the set.
     #[inline]
     pub(crate) fn has_none_of(&self, pages: Range<usize>) -> bool {
+        if pages.len() == 1 {
+            return !self.contains(pages.start);
+        }
         let mut at = pages.start;
         while at < pages.end.min(BLOCK_PAGES) {
             let (word, bits, end) = word_of(at, pages.end);

@@ -83,7 +83,8 @@ impl<S: TableSpace> Pinner<S> {
     /// # Errors
     ///
     /// [`MapError`]; nothing was mapped or entered. A quota that is used up is [`MapError::NoMemory`].
-    #[inline]
+    // Once a page at the worst: the call alone is felt.
+    #[inline(always)]
     pub(super) fn map_extent(
         &self,
         no: BlockNo,

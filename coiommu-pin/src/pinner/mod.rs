@@ -3,8 +3,10 @@
 //! | file | what it does |
 //! | --- | --- |
 //! | `mod.rs` | what a pinner is made of; activate, deactivate, park |
-//! | `pin.rs` | serving a request, piece by piece and block by block |
+//! | `pin.rs` | serving a request, step by step, a piece of its pages at a time |
+//! | `share.rs` | pinning a piece: the pages in one block after those in the other |
 //! | `unpin.rs` | taking extents of one block back; ticks; making room |
+//! | `leaves.rs` | the leaves of a block |
 //! | `forced.rs` | unpinning a range on demand, and holding it |
 //! | `ram.rs` | RAM that comes and goes |
 //! | `mapping.rs` | the calls of the mapper, and what to do when it disagrees with the pin map |
@@ -15,8 +17,9 @@
 //! 2. `stale`, then `activation` (read): while the table is used; written to activate and deactivate. A forced unpin with
 //!    no table in use *tries* the first with this one held.
 //! 3. `regions` (read): for one step of a request, so that whether a page may be mapped does not change under it, and
-//!    while PINNED is cleared on what is lost; else for one look. Written with nothing but the first held: a pin that looked before is over by then, a pin that looks later
-//!    sees the change. Then the blocks are cleared, each under its lock.
+//!    while PINNED is cleared on what is lost; else for one look. Written with nothing but the first held: a pin that
+//!    looked before is over by then, a pin that looks later sees the change. Then the blocks are cleared, each under its
+//!    lock.
 //! 4. `park` (read): while one block is unpinned. Blocks are only *tried* under it, so that whoever parks waits for one
 //!    block's unmap at most.
 //! 5. a block: while its mappings and PINNED bits change. One at a time.
@@ -45,9 +48,11 @@ use crate::sync::atomic::AtomicU64;
 use crate::sync::{Mutex, RwLock};
 
 mod forced;
+mod leaves;
 mod mapping;
 mod pin;
 mod ram;
+mod share;
 mod unpin;
 
 pub use crate::clock::{Clock, SystemClock};

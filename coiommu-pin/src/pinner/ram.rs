@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering::Release;
 use coiommu_dtt::{Dtt, Gfn, Gpa, PAGE_SIZE};
 
 use super::Pinner;
+use super::leaves::Leaves;
 use super::mapping::Tally;
-use super::unpin::Leaves;
 use crate::page_set::PageSet;
 use crate::pin_map::BlockNo;
 use crate::region::{RamRegion, RegionError};

@@ -3,12 +3,11 @@
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering::Relaxed;
 
-use coiommu_dtt::memory::Word32;
-use coiommu_dtt::walk::WalkError;
-use coiommu_dtt::{Dtt, Leaf, LeafEntry, LeafTable, TableMemory};
+use coiommu_dtt::Dtt;
 
 use super::Pinner;
-use crate::page_set::{BLOCK_PAGES, PageSet, WORD_PAGES};
+use super::leaves::Leaves;
+use crate::page_set::PageSet;
 use crate::pin_map::{Block, BlockNo, Spot};
 use crate::policy::Policy;
 use crate::space::{Memory, TableSpace};
@@ -332,143 +331,6 @@ fn choose(block: &Block, free: PageSet, limit: Limit) -> (PageSet, bool) {
         first.insert(extent);
     }
     (first, first != going)
-}
-
-/// The leaves of one block. Used under its lock.
-pub(super) struct Leaves<'m, W> {
-    no: BlockNo,
-    place: Place<'m, W>,
-}
-
-enum Place<'m, W> {
-    Table(LeafTable<'m, W>),
-    /// The guest has no table there, so nobody uses the pages.
-    Freed,
-    /// The table's RAM is away: anybody may use them.
-    Unreadable,
-}
-
-/// The pages of a block by what their leaves say.
-#[derive(Debug)]
-struct Look {
-    /// Count 0.
-    uncounted: PageSet,
-    accessed: PageSet,
-    /// How many leaves were looked at.
-    leaves: u64,
-}
-
-impl<'m, W: Word32> Leaves<'m, W> {
-    pub(super) fn find<M: TableMemory<U32 = W> + ?Sized>(no: BlockNo, dtt: Dtt, mem: &'m M) -> Self {
-        let place = match dtt.leaf_table(mem, no.gfn(0)) {
-            Ok(table) => Place::Table(table),
-            Err(WalkError::NotPresent { .. } | WalkError::Beyond { .. }) => Place::Freed,
-            Err(WalkError::Unreadable(_)) => Place::Unreadable,
-        };
-        Self { no, place }
-    }
-
-    /// Whether their table cannot be read, as its RAM is away.
-    pub(super) const fn are_away(&self) -> bool {
-        matches!(self.place, Place::Unreadable)
-    }
-
-    /// The leaves of some pages, if there is a table.
-    fn of(&self, pages: PageSet) -> impl Iterator<Item = Leaf<'m, W>> {
-        let table = match self.place {
-            Place::Table(table) => Some(table),
-            Place::Freed | Place::Unreadable => None,
-        };
-        let no = self.no;
-        table.into_iter().flat_map(move |table| leaves_in(table, no, pages).map(|(_, leaf)| leaf))
-    }
-
-    /// Reads the leaves of some pages; of 64 at a time, if one of them is asked for.
-    fn look(&self, pages: PageSet) -> Look {
-        let mut look = Look { uncounted: PageSet::ALL, accessed: PageSet::EMPTY, leaves: 0 };
-        let Place::Table(table) = &self.place else { return look };
-        let first = self.no.gfn(0).leaf_index();
-        let words = table.words().get(first..first + BLOCK_PAGES).unwrap_or_default();
-        for (at, words) in words.chunks_exact(WORD_PAGES).enumerate() {
-            if pages.word(at) == 0 {
-                continue;
-            }
-            let mut entries = [LeafEntry::empty(); WORD_PAGES];
-            for (entry, word) in entries.iter_mut().zip(words) {
-                *entry = Leaf::new(word).load();
-            }
-            look.uncounted.set_word(at, bits(&entries, |entry| entry.count() == 0));
-            look.accessed.set_word(at, bits(&entries, |entry| entry.contains(LeafEntry::ACCESSED)));
-            look.leaves += u64::from(pages.word(at).count_ones());
-        }
-        look
-    }
-
-    /// Swaps PINNED away on each page of some extents; if one refuses, it is set again on the others of its extent. The pages
-    /// of the extents from which it is gone. With `clear_first`, ACCESSED does not count.
-    fn swap_away(&self, block: &Block, extents: PageSet, clear_first: bool) -> PageSet {
-        let Place::Table(table) = self.place else { return extents };
-        let mut refused = PageSet::EMPTY;
-        for (page, leaf) in leaves_in(table, self.no, extents) {
-            if !swap(leaf, clear_first) {
-                refused.insert_page(page);
-            }
-        }
-        if refused.is_empty() {
-            return extents;
-        }
-        let busy = block.extents_touching(refused);
-        self.set_pinned(busy - refused);
-        extents - busy
-    }
-
-    fn set_pinned(&self, pages: PageSet) {
-        self.of(pages).for_each(Leaf::set_pinned);
-    }
-
-    pub(super) fn clear_pinned(&self, pages: PageSet) {
-        self.of(pages).for_each(Leaf::clear_pinned);
-    }
-
-    fn clear_accessed(&self, pages: PageSet) {
-        self.of(pages).for_each(Leaf::clear_accessed);
-    }
-}
-
-/// The leaves of some pages of a block, each with the page's index.
-fn leaves_in<W: Word32>(
-    table: LeafTable<'_, W>,
-    no: BlockNo,
-    pages: PageSet,
-) -> impl Iterator<Item = (usize, Leaf<'_, W>)> {
-    let first = no.gfn(0).leaf_index();
-    let words = table.words().get(first..).and_then(|words| words.first_chunk::<BLOCK_PAGES>());
-    pages.pages().filter_map(move |page| Some((page, Leaf::new(words?.get(page)?))))
-}
-
-/// Swaps PINNED away on one page; false if it refuses.
-fn swap<W: Word32>(leaf: Leaf<'_, W>, clear_first: bool) -> bool {
-    if clear_first {
-        leaf.clear_accessed();
-    }
-    match leaf.try_unpin() {
-        // Mapped and unmapped in between: only a count may refuse.
-        Err(entry) if clear_first && entry.count() == 0 => {
-            leaf.clear_accessed();
-            leaf.try_unpin().is_ok()
-        }
-        result => result.is_ok(),
-    }
-}
-
-/// The entries that something is true of, as bits. Mostly it is true of all or of none, which takes no look at each by
-/// itself.
-fn bits(entries: &[LeafEntry; WORD_PAGES], is: impl Fn(LeafEntry) -> bool) -> u64 {
-    match entries.iter().map(|&entry| u32::from(is(entry))).sum::<u32>() {
-        0 => 0,
-        64 => !0,
-        _ => entries.iter().enumerate().fold(0, |bits, (at, &entry)| bits | u64::from(is(entry)) << at),
-    }
 }
 
 #[cfg(test)]
