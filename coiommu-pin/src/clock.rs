@@ -44,13 +44,23 @@ fn duration(time: Timespec) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
 
     #[test]
+    fn time_passes_as_everybody_elses_does() {
+        let (outer, first, inner) = (Instant::now(), SystemClock.now(), Instant::now());
+        std::thread::sleep(Duration::from_millis(20));
+        let (inner, last, outer) = (inner.elapsed(), SystemClock.now(), outer.elapsed());
+        let passed = last - first;
+        assert!(inner <= passed && passed <= outer, "{inner:?} {passed:?} {outer:?}");
+        assert_eq!(Duration::from_secs(3).now(), Duration::from_secs(3), "a clock that stands still");
+    }
+
+    #[test]
     fn the_rough_time_is_not_far_behind() {
-        let clock = SystemClock;
-        let (before, rough, after) = (clock.now(), clock.roughly(), clock.now());
-        assert!(before <= after);
+        let (before, rough, after) = (SystemClock.now(), SystemClock.roughly(), SystemClock.now());
         assert!(rough <= after);
         assert!(rough + Duration::from_secs(1) > before, "{rough:?} {before:?}");
     }

@@ -152,7 +152,8 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         let mut piece = Piece::default();
         let mut shares = ArrayVec::<_, BLOCKS_AHEAD>::new();
         while !rest.is_empty() {
-            while let (false, Some((share, after))) = (shares.is_full(), self.next_share(rest)) {
+            while !shares.is_full() {
+                let Some((share, after)) = self.next_share(rest) else { break };
                 shares.push(share);
                 rest = after;
             }
