@@ -7,13 +7,12 @@
 use std::cell::Cell;
 use std::error::Error;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use coiommu_dtt::guest::{GuestDtt, TablePages};
 use coiommu_dtt::{Bdf, Gfn, Gpa, Levels, RequestWord};
 use coiommu_pin::pinner::{Drain, PinResult, PinnerConfig, Step};
 use coiommu_pin::request::Scratch;
-use coiommu_pin::{Backing, Clock, DmaMapper, Limits, MapError, Pinner, Policy, RamRegion};
+use coiommu_pin::{Backing, Clock, DmaMapper, Limits, MapError, Pinner, Policy, RamRegion, SystemClock};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 /// Where VFIO_IOMMU_MAP_DMA and VFIO_IOMMU_UNMAP_DMA would be called.
@@ -36,21 +35,12 @@ impl DmaMapper for Printer {
     }
 }
 
-/// The time since the VMM started.
-struct SinceStart(Instant);
-
-impl Clock for SinceStart {
-    fn now(&self) -> Duration {
-        self.0.elapsed()
-    }
-}
-
 fn main() -> Result<(), Box<dyn Error>> {
     // Your VMM has these: guest memory (any vm-memory backend), and the guest's address of each device passed through.
     let ram = Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(0), 16 << 20, None)?);
     let memory = Arc::new(GuestMemoryMmap::from_arc_regions(vec![Arc::clone(&ram)])?);
     let nic: Bdf = "00:05.0".parse()?;
-    let clock = SinceStart(Instant::now());
+    let clock = SystemClock;
 
     // One pinner a guest. RAM is announced when it is there, and taken back before it goes (`remove_region`).
     let policy: Policy = "extent=run,unpin_policy=lru,unpin_interval=1".parse()?;

@@ -253,13 +253,14 @@ impl World {
         if self.ram[region].is_some() {
             return;
         }
+        let lost = self.rig.pinner.counters().pages_lost;
         let memory = if same { Arc::clone(&self.gone[&region]) } else { rig::ram(&RAM[region]) };
         match self.rig.add(&memory) {
             Ok(()) => self.ram[region] = Some(memory),
             Err(RegionError::Stuck { pages, .. }) => assert!(pages > 0),
             Err(error) => panic!("{error}"),
         }
-        if self.ram[region].is_some() && self.rig.pinner.counters().pages_lost > 0 {
+        if self.ram[region].is_some() && self.rig.pinner.counters().pages_lost > lost {
             // What the guest had mapped there may be gone: its device would fault.
             let lost = |pages: &Vec<u64>| pages.iter().any(|page| RAM[region].contains(page));
             for pages in self.open.extract_if(.., |pages| lost(pages)).collect::<Vec<_>>() {

@@ -130,7 +130,7 @@ fn a_forced_unpin_that_begins_while_ram_returns_does_not_miss_it() {
         bed.pinner.add_region(RamRegion::from_vm_memory(Arc::clone(&bed.ram)).unwrap()).unwrap();
     });
     assert!(bed.meeting.iommu.is_mapped(NEAR * PAGE, PAGE));
-    let UnpinStep::More(unpin) = step else { panic!("RAM is on its way: {step:?}") };
+    let UnpinStep::Wait(unpin) = step else { panic!("RAM is on its way: {step:?}") };
     let UnpinStep::Done(report, Some(_hold)) = bed.go_on(unpin) else { panic!("nobody counts the page") };
     assert!(!bed.meeting.iommu.is_mapped(FAR * PAGE, PAGE), "the page is mapped, and held");
     assert_eq!(report.released, 1);
@@ -145,6 +145,7 @@ fn a_forced_unpin_during_a_drain_leaves_no_pinned_behind() {
     for page in [NEAR, FAR] {
         assert!(!bed.guest.is_pinned(&*bed.memory, gfn(page)).unwrap(), "page {page} says PINNED");
     }
-    let step = if let UnpinStep::More(unpin) = step { bed.go_on(unpin) } else { step };
+    let UnpinStep::Wait(unpin) = step else { panic!("a drain is under way: {step:?}") };
+    let step = bed.go_on(unpin);
     assert!(matches!(step, UnpinStep::Done(_, Some(_))), "{step:?}");
 }

@@ -1,4 +1,6 @@
-//! Serving a request and looking for idle pages allocate nothing, once the books of the blocks exist.
+//! Serving a request and looking for idle pages allocate nothing, once the books of the blocks exist. What is left of a piece
+//! when its time is over, when there is no room or RAM is away, is kept in memory that is allocated then: here time stands
+//! still.
 //!
 //! Unsafe is needed here: an allocator that counts is an allocator, and a mapper's map call a promise about memory.
 #![allow(unsafe_code)]

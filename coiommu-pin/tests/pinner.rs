@@ -15,7 +15,7 @@ use coiommu_pin::request::{Refusal, Scratch};
 use coiommu_pin::{Backing, DmaMapper, Limits, MapError, RamRegion};
 use coiommu_vfio::{Call, SoftIommu};
 use rig::{PAGE, RAM, Rig, gfn};
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 const SECOND: Duration = Duration::from_secs(1);
 /// Where a test needs many pages. Miri takes a second for a few.
@@ -78,27 +78,73 @@ fn a_request_that_takes_too_long_is_cut_off_and_leaves_no_half_page() {
     assert_eq!(rig.pinner.counters().requests_timed_out, 1);
 }
 
+/// A clock that a test sets.
+#[derive(Clone, Default)]
+struct Set(Arc<Mutex<Duration>>);
+
+impl Clock for Set {
+    fn now(&self) -> Duration {
+        *self.0.lock().unwrap()
+    }
+}
+
+/// Serves a request whose first map call ends when its time is over.
+fn serve_too_late(rig: &mut Rig, pages: &[u64]) -> Step {
+    let mut request = rig.pinner.begin(rig.word(pages), Duration::ZERO).unwrap();
+    let clock = Set::default();
+    let slow = clock.clone();
+    rig.iommu.inject(move |_| {
+        *slow.0.lock().unwrap() = SECOND * 5;
+        None
+    });
+    rig.pinner.step(&mut request, &mut rig.scratch, &clock)
+}
+
 #[test]
 fn a_map_call_that_ends_after_the_time_is_taken_back() {
     let mut rig = Rig::new("");
-    let word = rig.word(&[1, 2, 3]);
-    let mut request = rig.pinner.begin(word, Duration::ZERO).unwrap();
-    let clock = Arc::new(Mutex::new(Duration::ZERO));
-    struct Shared(Arc<Mutex<Duration>>);
-    impl Clock for Shared {
-        fn now(&self) -> Duration {
-            *self.0.lock().unwrap()
-        }
-    }
-    let slow = Arc::clone(&clock);
-    rig.iommu.inject(move |_| {
-        *slow.lock().unwrap() = SECOND * 5;
-        None
-    });
-    let step = rig.pinner.step(&mut request, &mut rig.scratch, &Shared(clock));
-    assert_eq!(step, Step::Done(PinResult::TimedOut));
+    assert_eq!(serve_too_late(&mut rig, &[1, 2, 3]), Step::Done(PinResult::TimedOut));
     assert_eq!((rig.iommu.calls().map, rig.iommu.mappings()), (1, 0));
     assert!(rig.leaves().iter().all(|leaf| leaf.bits() == 0), "the table is not written any more");
+    assert_eq!(rig.pinner.counters().pages_failed, 3);
+}
+
+#[test]
+fn what_was_mapped_before_stays_when_the_rest_comes_too_late() {
+    let mut rig = Rig::new("");
+    assert_eq!(rig.request(&[2, 7]), PinResult::Pinned);
+    assert_eq!(serve_too_late(&mut rig, &[1, 2, 3]), Step::Done(PinResult::TimedOut));
+    assert_eq!(rig.mapped_pages(), [2, 7]);
+    assert!([1, 3].iter().all(|&page| rig.leaf(page).bits() == 0), "the table is not written any more");
+    assert_eq!(rig.pinner.counters().pages_failed, 2);
+    rig.check_books();
+}
+
+#[test]
+fn what_was_mapped_around_a_page_too_late_is_taken_back() {
+    let mut rig = Rig::new("extent=aligned=64k");
+    assert_eq!(serve_too_late(&mut rig, &[1]), Step::Done(PinResult::TimedOut));
+    assert_eq!((rig.iommu.calls().map, rig.iommu.mappings()), (1, 0));
+    assert!(rig.leaves().iter().all(|leaf| leaf.bits() == 0), "the table is not written any more");
+}
+
+#[test]
+fn gfns_that_cannot_be_fail_and_spoil_no_others() {
+    let mut rig = Rig::new("");
+    let mut list = Vec::new();
+    for page in [u64::MAX, 1 << 52, (1 << 52) - 1, 3, u64::MAX - 1, u64::MAX, 1, 2, 1 << 60] {
+        list.extend(page.to_le_bytes());
+    }
+    let mut header = Vec::new();
+    header.extend(u64::from(rig.bdf.raw()).to_le_bytes());
+    header.extend((list.len() as u64 / 8).to_le_bytes());
+    let word = rig.word(&[1, 2]);
+    let at = word.raw() & !(1 << 63);
+    rig.memory.write_slice(&[header, list].concat(), GuestAddress(at)).unwrap();
+    assert_eq!(rig.pinner.pin(word, &mut rig.scratch, &rig.clock), PinResult::Failed);
+    assert_eq!(rig.extents(), extents(&[(1, 3)]));
+    let counters = rig.pinner.counters();
+    assert_eq!((counters.pages_asked, counters.pages_failed), (8, 5), "one was there twice");
 }
 
 #[test]
@@ -263,6 +309,17 @@ fn a_quota_is_kept_and_room_made_within_it() {
 }
 
 #[test]
+fn room_is_made_at_once_for_all_that_a_request_needs() {
+    let mut rig = Rig::new("quota=24k");
+    assert_eq!(rig.request(&[10, 11, 12]), PinResult::Pinned);
+    assert_eq!(rig.request(&[1000, 1001, 1002]), PinResult::Pinned);
+    // Pages in three blocks, of which only one would have room when the first idle extent went.
+    assert_eq!(rig.request(&[1, 2, 600, 601, 1600, 1601]), PinResult::Pinned);
+    assert_eq!(rig.mapped_pages(), [1, 2, 600, 601, 1600, 1601]);
+    assert_eq!(rig.pinner.counters().reclaims, 1);
+}
+
+#[test]
 fn what_was_mapped_behind_our_back_is_unmapped_and_counted() {
     let mut rig = Rig::new("extent=run");
     let hva = std::ptr::NonNull::new(rig.memory_at(3)).unwrap();
@@ -356,6 +413,25 @@ fn ram_that_goes_and_returns_is_mapped_again() {
     assert_eq!(rig.iommu.mappings(), 0, "other memory");
     assert!(!rig.is_pinned(320) && !rig.is_pinned(600));
     assert_eq!(rig.pinner.counters().pages_lost, 4);
+}
+
+#[test]
+fn room_is_made_for_what_returns_with_its_ram() {
+    let mut rig = Rig::new("quota=8k");
+    assert!(rig.map(&[1, 2]));
+    let memory = Arc::clone(&rig.ram[0]);
+    rig.remove(0).unwrap();
+    assert_eq!(rig.request(&[1600, 1601]), PinResult::Pinned, "the quota is another's now");
+    rig.add(&memory).unwrap();
+    assert_eq!(rig.mapped_pages(), [1, 2], "which was idle");
+    assert!(!rig.is_pinned(1600) && rig.is_pinned(1) && rig.is_pinned(2));
+    assert_eq!(rig.pinner.counters().pages_lost, 0);
+    // Nothing is idle this time.
+    rig.remove(0).unwrap();
+    assert!(rig.map(&[1600, 1601]));
+    rig.add(&memory).unwrap();
+    assert_eq!((rig.mapped_pages(), rig.pinner.counters().pages_lost), (vec![1600, 1601], 2));
+    assert!(!rig.is_pinned(1) && !rig.is_pinned(2));
 }
 
 #[test]

@@ -216,12 +216,16 @@ impl Figures {
 }
 
 /// What a log says of a finding, without the fuzzer's own frames and dictionary: from the first line that tells what
-/// happened.
+/// happened; its end if none does.
 fn excerpt(log: &str) -> String {
     const LINES: usize = 40;
     let tells = |line: &&str| ["panicked at", "ERROR:"].iter().any(|mark| line.contains(mark));
     let lines: Vec<_> = log.lines().skip_while(|line| !tells(line)).take(LINES).collect();
-    if lines.is_empty() { log.lines().rev().take(LINES).collect::<Vec<_>>().join("\n") } else { lines.join("\n") }
+    if !lines.is_empty() {
+        return lines.join("\n");
+    }
+    let all: Vec<_> = log.lines().collect();
+    all[all.len().saturating_sub(LINES)..].join("\n")
 }
 
 #[cfg(test)]
@@ -246,7 +250,7 @@ mod tests {
     fn an_excerpt_begins_where_it_went_wrong() {
         let log = "INFO: x\n#1 NEW\nthread '<unnamed>' panicked at a.rs:1:1:\nno\n";
         assert_eq!(excerpt(log), "thread '<unnamed>' panicked at a.rs:1:1:\nno");
-        assert_eq!(excerpt("one\ntwo"), "two\none");
+        assert_eq!(excerpt("one\ntwo"), "one\ntwo");
     }
 
     #[test]

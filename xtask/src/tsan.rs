@@ -2,8 +2,6 @@
 
 use std::process::ExitCode;
 
-use anyhow::Context as _;
-
 use crate::{nightly, step};
 
 /// Run the pinner's stress test under ThreadSanitizer; any report fails it
@@ -19,7 +17,7 @@ const REPORTED: u8 = 66;
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     nightly::install(&["rust-src"])?;
-    let host = host()?;
+    let host = nightly::host()?;
     // std too: what it does to locks and channels is invisible to the sanitizer otherwise. A target that is named, so that
     // build scripts and macros, which run in the compiler, are built without.
     let line = format!(
@@ -29,16 +27,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut command = nightly::command(&line);
     command
         .env("RUSTFLAGS", "-Zsanitizer=thread")
+        // It would win.
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env("TSAN_OPTIONS", format!("halt_on_error=0:exitcode={REPORTED}:history_size=7"))
         .env("COIOMMU_STRESS_SECONDS", args.seconds.to_string());
     step::finish(&mut command, &format!("RUSTFLAGS=-Zsanitizer=thread {line}"))?;
     println!("tsan: {} s without a report", args.seconds);
     Ok(ExitCode::SUCCESS)
-}
-
-/// The machine's own target.
-fn host() -> anyhow::Result<String> {
-    let version = step::output("rustc -vV")?;
-    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
-    host.map(str::to_owned).context("rustc does not say for which host it is")
 }

@@ -156,11 +156,19 @@ impl Walker<'_> {
 
     fn host(&self, root: u64, levels: u8, gfn: Gfn, deeds: u8) {
         let Ok(dtt) = Dtt::new(self, Gpa::new(root), u64::from(levels % 8)) else { return };
-        let found = self.bounded(|| dtt.leaf_table(self, gfn));
-        if self.is_quiet {
-            self.compare(dtt, gfn, found);
+        // There, to its neighbours of each level, which are found from what is remembered of the way, and back.
+        let mut walker = coiommu_dtt::Walker::new(dtt, self);
+        for step in [0, 1, 1 << 10, 1 << 11, 1 << 19, 1 << 28, 0] {
+            let there = Gfn::new(gfn.raw() ^ step).unwrap_or(gfn);
+            let found = self.bounded(|| walker.leaf_table(there));
+            if self.is_quiet {
+                self.compare(dtt, there, found);
+            }
+            if let Ok(table) = found {
+                self.check_place(table);
+            }
         }
-        if let Ok(table) = found {
+        if let Ok(table) = self.bounded(|| dtt.leaf_table(self, gfn)) {
             self.check_place(table);
             self.work(table.leaf(gfn), deeds);
         }
@@ -306,6 +314,11 @@ impl TableMemory for Walker<'_> {
     fn words64(&self, at: Gpa, count: usize) -> Result<&[Self::U64], MemoryError> {
         self.lookups.set(self.lookups.get() + 1);
         self.memory.words64(at, count)
+    }
+
+    fn piece32(&self, at: Gpa, count: usize) -> Result<(&[Self::U32], usize), MemoryError> {
+        self.lookups.set(self.lookups.get() + 1);
+        self.memory.piece32(at, count)
     }
 
     fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {

@@ -61,7 +61,7 @@ impl UnpinReport {
 pub enum UnpinStep {
     /// There is more: call again.
     More(ForcedUnpin),
-    /// Unpinning is parked: call again in a moment.
+    /// Unpinning is parked, or RAM comes or goes, or everything is being drained: call again in a moment.
     Wait(ForcedUnpin),
     /// It is done. With the hold, which is there if the range may be taken, nothing in it is pinned; drop it once the
     /// memory is taken.
@@ -154,7 +154,7 @@ impl<S: TableSpace> Pinner<S> {
             let mapped = || (*spot.block.lock().mapped() & pages).len();
             match self.unpin_in_block(spot, pages) {
                 Ok(report) => unpin.report.add(report),
-                Err(NotNow::Parked) if in_time => return ControlFlow::Break(Stop::Parked),
+                Err(NotNow::Parked | NotNow::Over) if in_time => return ControlFlow::Break(Stop::Wait),
                 Err(NotNow::Parked) => unpin.report.parked += mapped(),
                 Err(NotNow::Busy) if in_time => {
                     // Wait for whoever is there, with the park guard let go, and come back.
@@ -174,22 +174,25 @@ impl<S: TableSpace> Pinner<S> {
                 self.finish_unpin(unpin, in_time)
             }
             ControlFlow::Break(Stop::Pause) => UnpinStep::More(unpin),
-            ControlFlow::Break(Stop::Parked) => UnpinStep::Wait(unpin),
+            ControlFlow::Break(Stop::Wait) => UnpinStep::Wait(unpin),
         }
     }
 
     fn finish_unpin(&self, mut unpin: ForcedUnpin, in_time: bool) -> UnpinStep {
-        // RAM that is just going is not remembered yet.
-        let Some(_no_region_changes) = self.changing_regions.try_lock() else { return UnpinStep::More(unpin) };
         let all = unpin.hold.gfns.end - unpin.hold.gfns.start;
+        // RAM that is just going is not remembered yet.
+        let no_region_changes = self.changing_regions.try_lock();
         let region_changes = self.region_changes.load(Acquire);
-        if unpin.region_changes != region_changes {
+        if no_region_changes.is_none() || unpin.region_changes != region_changes {
             // RAM came or went, and with it maybe, behind us, what was pinned. What was released is held, and stays so.
             let released = unpin.report.released;
             if !in_time {
                 let busy = all.saturating_sub(released);
                 let report = UnpinReport { released, busy, ..UnpinReport::default() };
                 return UnpinStep::Done(report, report.may_be_taken().then_some(unpin.hold));
+            }
+            if no_region_changes.is_none() {
+                return UnpinStep::Wait(unpin);
             }
             unpin.region_changes = region_changes;
             unpin.next = unpin.hold.gfns.start;
@@ -209,7 +212,7 @@ impl<S: TableSpace> Pinner<S> {
         // held here, so it is only tried.
         let _no_drain = match activation.dtt {
             Some(_) => None,
-            None => Some(self.changing_regions.try_lock().ok_or(NotNow::Busy)?),
+            None => Some(self.changing_regions.try_lock().ok_or(NotNow::Over)?),
         };
         self.try_block(spot, |block| {
             let mapped = *block.mapped() & pages;
@@ -234,8 +237,8 @@ impl<S: TableSpace> Pinner<S> {
 enum Stop {
     /// There is more to do.
     Pause,
-    /// Unpinning is parked.
-    Parked,
+    /// Unpinning is parked, or a drain is under way.
+    Wait,
 }
 
 impl UnpinReport {

@@ -7,16 +7,18 @@ use coiommu_dtt::{Dtt, Leaf, LeafEntry, LeafTable, TableMemory};
 use crate::page_set::{BLOCK_PAGES, PageSet, WORD_PAGES};
 use crate::pin_map::{Block, BlockNo};
 
-/// The words of a block's leaves, in the order of its pages: a half of a leaf table.
+/// The words of a block's leaves, in the order of its pages.
+pub(super) type Words<'m, W> = &'m [W; BLOCK_PAGES];
+
+/// The words of a block's leaves: a half of their table, so there are always some.
 #[inline]
-pub(super) fn words_of<W: Word32>(table: LeafTable<'_, W>, no: BlockNo) -> &[W] {
-    let first = no.gfn(0).leaf_index();
-    table.words().get(first..first + BLOCK_PAGES).unwrap_or_default()
+pub(super) fn words_of<W: Word32>(table: LeafTable<'_, W>, no: BlockNo) -> Option<Words<'_, W>> {
+    table.words().get(no.gfn(0).leaf_index()..)?.first_chunk()
 }
 
 /// The leaves of one block. Used under its lock.
 pub(super) enum Leaves<'m, W> {
-    Words(&'m [W]),
+    Words(Words<'m, W>),
     /// The guest has no table there, so nobody uses the pages.
     Freed,
     /// The table's RAM is away: anybody may use them.
@@ -36,7 +38,7 @@ pub(super) struct Look {
 impl<'m, W: Word32> Leaves<'m, W> {
     pub(super) fn find<M: TableMemory<U32 = W> + ?Sized>(no: BlockNo, dtt: Dtt, mem: &'m M) -> Self {
         match dtt.leaf_table(mem, no.gfn(0)) {
-            Ok(table) => Self::Words(words_of(table, no)),
+            Ok(table) => words_of(table, no).map_or(Self::Unreadable, Self::Words),
             Err(WalkError::NotPresent { .. } | WalkError::Beyond { .. }) => Self::Freed,
             Err(WalkError::Unreadable(_)) => Self::Unreadable,
         }
@@ -53,7 +55,6 @@ impl<'m, W: Word32> Leaves<'m, W> {
             Self::Words(words) => Some(*words),
             Self::Freed | Self::Unreadable => None,
         };
-        let words = words.and_then(|words| words.first_chunk::<BLOCK_PAGES>());
         pages.pages().filter_map(move |page| Some((page, Leaf::new(words?.get(page)?))))
     }
 

@@ -53,8 +53,8 @@ impl<'p> Tally<'p> {
         self.mappings += 1;
     }
 
-    fn failed(&mut self, pages: u64) {
-        self.failures += 1;
+    /// Gives back what was reserved.
+    fn give_back(&self, pages: u64) {
         if self.quota.is_some() {
             self.totals.remove(pages, 0);
         }
@@ -112,7 +112,7 @@ impl<S: TableSpace> Pinner<S> {
             block.enter(pages, self.round());
             tally.mapped(count);
         } else {
-            tally.failed(count);
+            tally.give_back(count);
         }
         result
     }
@@ -123,7 +123,9 @@ impl<S: TableSpace> Pinner<S> {
         // SAFETY: the region vouches for its memory as long as it lives. It lives until everything of it is unmapped: the
         // table of regions keeps it, present or leaving, until its blocks, one of which is locked here, were cleared under
         // their locks; what cannot be unmapped is kept, and leaked at the end.
-        unsafe { self.mapper.map(iova, backing, pages * PAGE_SIZE) }
+        let result = unsafe { self.mapper.map(iova, backing, pages * PAGE_SIZE) };
+        tally.failures += u64::from(result.is_err());
+        result
     }
 
     /// Unmaps whole extents and takes them out of the pin map. What lies between two of them unmapped goes in one call.

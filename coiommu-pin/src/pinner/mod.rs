@@ -29,7 +29,7 @@
 //! The two hands are held for one look or change each, and nothing is taken with them.
 
 use std::fmt;
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
@@ -153,9 +153,8 @@ pub struct Pinner<S: TableSpace> {
     hand: Mutex<u64>,
     /// Where room was made last. Held for one read or write.
     room_hand: Mutex<u64>,
-    /// Pages, by runs in one block, whose PINNED is to be cleared once their table is back. Held with `activation` and a
-    /// block inside; only while regions change.
-    stale: Mutex<Vec<Range<u64>>>,
+    /// What is to be cleared once its table is back. Held with `activation` and a block inside; only while regions change.
+    stale: Mutex<ram::Stale>,
     /// Full turns of the hand. A block remembers in which one it changed; off by one does not matter.
     round: AtomicU32,
     counts: Counts,

@@ -1,5 +1,6 @@
 //! RAM that comes and goes: hotplug, and firmware that moves it.
 
+use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
 use std::sync::atomic::Ordering::Release;
 
@@ -8,11 +9,13 @@ use coiommu_dtt::{Dtt, Gfn, Gpa, PAGE_SIZE};
 use super::Pinner;
 use super::leaves::Leaves;
 use super::mapping::Tally;
+use super::unpin::Need;
 use crate::page_set::PageSet;
-use crate::pin_map::BlockNo;
+use crate::pin_map::{Block, BlockNo};
 use crate::region::{RamRegion, RegionError};
 use crate::region_table::{AbsentRegion, Bank, intersection};
 use crate::space::{Memory, TableSpace};
+use crate::sync::Mutex;
 
 impl<S: TableSpace> Pinner<S> {
     /// RAM is there, and the [`TableSpace`] shows it already. Pages that were pinned when it went, in the same file at the
@@ -43,11 +46,12 @@ impl<S: TableSpace> Pinner<S> {
         }
         let bank = Bank::new(region);
         let (returning, forgotten) = self.regions.write().add(bank.clone());
-        let lost: Vec<_> = returning.iter().flat_map(|absent| self.bring_back(absent, &bank)).collect();
+        let lost = self.bring_back(&returning, &bank);
         let pages: u64 = lost.iter().map(|run| run.end - run.start).sum();
-        if pages > 0 {
-            self.counts.pages_lost.add(pages);
-            log::warn!("{pages} pages were pinned when the RAM at {gpa} went, and are not any more");
+        let all = self.counts.pages_lost.add(pages);
+        // Each time their number has doubled: a guest may be able to bring it about.
+        if all.leading_zeros() < all.wrapping_sub(pages).leading_zeros() {
+            log::warn!("{pages} pages were pinned when the RAM at {gpa} went, and are not any more ({all} so far)");
         }
         self.clear_stale(lost.into_iter().chain(forgotten));
         self.count_region_change();
@@ -55,7 +59,8 @@ impl<S: TableSpace> Pinner<S> {
     }
 
     /// RAM goes, which cannot be refused: when this returns, nothing of it is mapped, whoever was using it, and the
-    /// [`TableSpace`] may stop showing it. The guest's table is not written. What was mapped is remembered for the RAM's
+    /// [`TableSpace`] may stop showing it; views of it that were taken before are used for a moment more, and keep the
+    /// memory that they show. The guest's table is not written. What was mapped is remembered for the RAM's
     /// return.
     ///
     /// # Errors
@@ -97,12 +102,8 @@ impl<S: TableSpace> Pinner<S> {
             let (going, extents) = (*block.mapped(), block.extents());
             let refused = self.unmap_extents(spot.no, &mut block, going).refused;
             stuck += refused.len();
-            let start = spot.no.gfns().start;
-            gone.extend(
-                extents
-                    .filter(|extent| !refused.contains(extent.start))
-                    .map(|extent| start + extent.start as u64..start + extent.end as u64),
-            );
+            let gone_here = extents.filter(|extent| !refused.contains(extent.start));
+            gone.extend(gone_here.map(|extent| gfns_of(spot.no, extent)));
             ControlFlow::Continue(())
         });
         let mut regions = self.regions.write();
@@ -114,69 +115,88 @@ impl<S: TableSpace> Pinner<S> {
         stuck
     }
 
-    /// Maps again what was mapped in a region that went, if it is the same memory. What is lost, as runs of gfns in one block
+    /// Maps again what was mapped in regions that went, if it is the same memory. What is lost, as runs of gfns in one block
     /// each: its PINNED is to be cleared.
-    fn bring_back(&self, absent: &AbsentRegion, bank: &Bank) -> Vec<Range<u64>> {
-        let same = absent.identity.is_some() && absent.identity == bank.region.file_identity();
+    fn bring_back(&self, returning: &[AbsentRegion], bank: &Bank) -> Vec<Range<u64>> {
+        let identity = bank.region.file_identity();
+        let is_same = |absent: &&AbsentRegion| absent.identity.is_some() && absent.identity == identity;
+        let (same, other): (Vec<_>, Vec<_>) = returning.iter().partition(is_same);
+        let (mut lost, need) = self.map_again(same.into_iter().flat_map(|absent| &absent.extents), bank);
+        if need.pages > 0 {
+            let number = self.activation.read().number;
+            self.make_room(need, number, &|| false);
+            (lost, _) = self.map_again(&lost, bank);
+        }
+        for extent in other.into_iter().flat_map(|absent| &absent.extents) {
+            if let Some((no, block)) = block_of(extent, bank) {
+                // A pin that came first has mapped what it needed.
+                let missing = no.pages_in(extent) - *block.lock().mapped();
+                lost.extend(missing.runs().map(|run| gfns_of(no, run)));
+            }
+        }
+        lost
+    }
+
+    /// Maps what is not mapped of some extents. What could not be, as runs of gfns in one block each, and the room that was
+    /// wanting for it.
+    fn map_again<'e>(&self, extents: impl IntoIterator<Item = &'e Range<u64>>, bank: &Bank) -> (Vec<Range<u64>>, Need) {
         let mut tally = Tally::new(self);
-        let mut all_lost = Vec::new();
-        for extent in &absent.extents {
-            let Some((no, block)) = Gfn::new(extent.start).map(BlockNo::of).zip(bank.books.block(extent.start)) else {
-                continue;
-            };
+        let (mut lost, mut need) = (Vec::new(), Need::default());
+        for extent in extents {
+            let Some((no, block)) = block_of(extent, bank) else { continue };
             let mut block = block.lock();
             // A pin that came first has mapped what it needed. No hold has any of these pages: a forced unpin counts them
             // as busy, and begins again if they come back meanwhile.
-            let mut lost = no.pages_in(extent) - *block.mapped();
-            if same {
-                let missing = lost;
-                let is_back =
-                    |run: &Range<usize>| self.map_extent(no, &mut block, run.clone(), &bank.region, &mut tally).is_ok();
-                missing.runs().filter(is_back).for_each(|run| lost -= PageSet::range(run));
+            let missing = no.pages_in(extent) - *block.mapped();
+            for run in missing.runs() {
+                let Err(error) = self.map_extent(no, &mut block, run.clone(), &bank.region, &mut tally) else {
+                    continue;
+                };
+                if error.is_shortage() {
+                    need += Need { pages: run.len() as u64, mappings: 1 };
+                }
+                lost.push(gfns_of(no, run));
             }
-            let start = no.gfns().start;
-            all_lost.extend(lost.runs().map(|run| start + run.start as u64..start + run.end as u64));
         }
-        all_lost
+        (lost, need)
     }
 
     /// Clears PINNED on pages whose mappings are forgotten, and on those where it could not be done before because their
     /// table was away.
     fn clear_stale(&self, ranges: impl IntoIterator<Item = Range<u64>>) {
         let mut stale = self.stale.lock();
-        stale.extend(ranges);
-        if stale.is_empty() {
+        ranges.into_iter().for_each(|range| stale.add(&range));
+        if stale.0.is_empty() {
             return;
         }
         let activation = self.activation.read();
         match activation.dtt {
             Some(dtt) => {
                 let view = self.space.view();
-                stale.retain(|range| !self.clear_pinned(range, dtt, &view));
+                stale.0.retain(|&no, pages| !self.clear_pinned(no, *pages, dtt, &view));
             }
-            None => stale.clear(),
+            None => stale.0.clear(),
         }
+        stale.keep_within_bounds();
     }
 
     /// Forgets what was mapped when RAM went; PINNED is cleared if a table is given.
     pub(super) fn forget_absent(&self, table: Option<(Dtt, &Memory<S>)>) {
         let forgotten = self.regions.write().forget_extents();
-        let stale = std::mem::take(&mut *self.stale.lock());
+        let mut stale = std::mem::take(&mut *self.stale.lock());
         if let Some((dtt, mem)) = table {
-            for range in forgotten.iter().chain(&stale) {
-                self.clear_pinned(range, dtt, mem);
+            forgotten.iter().for_each(|range| stale.add(range));
+            for (no, pages) in stale.0 {
+                self.clear_pinned(no, pages, dtt, mem);
             }
         }
     }
 
-    /// Clears PINNED on the pages of a range, in one block, that are not mapped; false if their table is away.
-    fn clear_pinned(&self, range: &Range<u64>, dtt: Dtt, mem: &Memory<S>) -> bool {
-        let Some(no) = Gfn::new(range.start).map(BlockNo::of) else {
-            return true;
-        };
+    /// Clears PINNED on those of some pages of a block that are not mapped; false if their table is away.
+    fn clear_pinned(&self, no: BlockNo, pages: PageSet, dtt: Dtt, mem: &Memory<S>) -> bool {
         let regions = self.regions.read();
-        let mut rest = no.pages_in(range);
-        for bank in regions.touching(range) {
+        let mut rest = pages;
+        for bank in regions.touching(&no.gfns()) {
             let here = rest & no.pages_in(&bank.region.gfns());
             rest -= here;
             if let Some(block) = here.first_from(0).and_then(|page| bank.books.block(no.gfn(page).raw())) {
@@ -189,5 +209,59 @@ impl<S: TableSpace> Pinner<S> {
         let leaves = Leaves::find(no, dtt, mem);
         leaves.clear_pinned(rest);
         !leaves.are_away()
+    }
+}
+
+/// Pages, by their block, whose PINNED is to be cleared once their table is back.
+#[derive(Debug, Default)]
+pub(super) struct Stale(BTreeMap<BlockNo, PageSet>);
+
+impl Stale {
+    /// Of so many blocks. Only a guest that lets its table lead nowhere while its RAM comes and goes has more, and what is
+    /// forgotten of it harms nobody else.
+    const MOST: usize = 1 << 14;
+
+    /// Adds a range of gfns in one block.
+    fn add(&mut self, range: &Range<u64>) {
+        if let Some(no) = Gfn::new(range.start).map(BlockNo::of) {
+            *self.0.entry(no).or_default() |= no.pages_in(range);
+        }
+    }
+
+    fn keep_within_bounds(&mut self) {
+        while self.0.len() > Self::MOST {
+            self.0.pop_first();
+        }
+    }
+}
+
+/// The block of an extent.
+fn block_of<'b>(extent: &Range<u64>, bank: &'b Bank) -> Option<(BlockNo, &'b Mutex<Block>)> {
+    Gfn::new(extent.start).map(BlockNo::of).zip(bank.books.block(extent.start))
+}
+
+/// The gfns of a run of a block's pages.
+fn gfns_of(no: BlockNo, run: Range<usize>) -> Range<u64> {
+    let start = no.gfns().start;
+    start + run.start as u64..start + run.end as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_stale_is_kept_once_and_within_bounds() {
+        let mut stale = Stale::default();
+        for _ in 0..3 {
+            stale.add(&(3..5));
+            stale.add(&(4..6));
+        }
+        assert_eq!(stale.0.into_iter().collect::<Vec<_>>(), [(BlockNo::of(Gfn::default()), PageSet::range(3..6))]);
+        let mut stale = Stale::default();
+        let most = Stale::MOST as u64;
+        (0..most + 9).for_each(|block| stale.add(&(block * 512..block * 512 + 1)));
+        stale.keep_within_bounds();
+        assert_eq!(stale.0.len() as u64, most);
     }
 }

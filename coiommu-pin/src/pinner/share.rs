@@ -8,7 +8,7 @@ use arrayvec::ArrayVec;
 use coiommu_dtt::walk::WalkError;
 use coiommu_dtt::{Dtt, Gfn, Leaf, TableMemory, Walker};
 
-use super::leaves::words_of;
+use super::leaves::{Words, words_of};
 use super::mapping::Tally;
 use super::unpin::Need;
 use super::{Clock, Pinner};
@@ -49,8 +49,8 @@ enum Outcome {
     Absent { absent: u64, failed: u64 },
     /// So many pages failed, and so many more for want of room.
     Short { failed: u64, short: Need },
-    /// The guest has given up, or is about to: nothing more is pinned.
-    TimedOut,
+    /// The guest has given up, or is about to: nothing more is pinned, and so many pages are not.
+    TimedOut(u64),
 }
 
 /// When to look at other slots, and when to stop.
@@ -59,7 +59,7 @@ pub(super) struct Times<'a> {
     /// Not after the end.
     pause: Duration,
     end: Duration,
-    /// Whether it was time to look at other slots when the clock was last read.
+    /// Whether it is time to look at other slots.
     is_pause: Cell<bool>,
 }
 
@@ -68,7 +68,7 @@ impl<'a> Times<'a> {
         Self { clock, pause: pause.min(end), end, is_pause: Cell::new(false) }
     }
 
-    /// Reads the clock: whether the guest has given up, or is about to.
+    /// Reads the clock: whether the guest has given up, or is about to. What [`is_pause`](Self::is_pause) says is as of then.
     #[inline]
     fn is_over(&self) -> bool {
         let now = self.clock.roughly();
@@ -101,7 +101,7 @@ struct Place<'s, W> {
     no: BlockNo,
     bank: &'s Bank,
     block: &'s Mutex<Block>,
-    words: Result<&'s [W], NoLeaves>,
+    words: Result<Words<'s, W>, NoLeaves>,
 }
 
 /// Why a place has no leaves.
@@ -131,6 +131,8 @@ pub(super) struct Serving<'s, S: TableSpace> {
     walker: Walker<'s, Memory<S>>,
     times: Times<'s>,
     tally: Tally<'s>,
+    /// There is no room, and some will be made: nothing more is mapped.
+    is_short: bool,
 }
 
 type Word<S> = <Memory<S> as TableMemory>::U32;
@@ -144,7 +146,15 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         times: Times<'s>,
     ) -> Self {
         let around = Around { gfns: 0..0, bank: None };
-        Self { pinner, regions, around, walker: Walker::new(dtt, mem), times, tally: Tally::new(pinner) }
+        Self {
+            pinner,
+            regions,
+            around,
+            walker: Walker::new(dtt, mem),
+            times,
+            tally: Tally::new(pinner),
+            is_short: false,
+        }
     }
 
     /// Pins the pages of a sorted piece, until its end or a time's, or until room is to be made.
@@ -167,16 +177,17 @@ impl<'s, S: TableSpace> Serving<'s, S> {
                     Outcome::Pinned => {}
                     Outcome::Failed(failed) => piece.failed += failed,
                     Outcome::Short { short, .. } if may_make_room => {
-                        piece.short = Some(short);
-                        return piece;
+                        // From here on nothing is mapped: it is found out how much room the rest needs.
+                        self.is_short = true;
+                        *piece.short.get_or_insert_default() += short;
                     }
                     Outcome::Short { failed, short } => piece.failed += failed + short.pages,
                     Outcome::Absent { absent, failed } => {
                         piece.absent += absent;
                         piece.failed += failed;
                     }
-                    Outcome::TimedOut => {
-                        piece.failed += share.gfns.len() as u64;
+                    Outcome::TimedOut(failed) => {
+                        piece.failed += failed;
                         piece.timed_out = true;
                         return piece;
                     }
@@ -215,7 +226,7 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         let no = BlockNo::of(gfn);
         prefetch(block);
         let words = match self.walker.leaf_table(gfn) {
-            Ok(table) => Ok(words_of(table, no)),
+            Ok(table) => words_of(table, no).ok_or(NoLeaves::Never),
             Err(WalkError::Unreadable(_)) if self.regions.any_absent() => Err(NoLeaves::Absent),
             Err(_) => Err(NoLeaves::Never),
         };
@@ -226,22 +237,23 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         let Some(place) = &share.place else {
             return self.without_ram(share.gfns);
         };
+        let pages = share.gfns.len() as u64;
         let words = match place.words {
             Ok(words) => words,
-            Err(_) if self.times.is_over() => return Outcome::TimedOut,
-            Err(NoLeaves::Absent) => return Outcome::Absent { absent: share.gfns.len() as u64, failed: 0 },
-            Err(NoLeaves::Never) => return Outcome::Failed(share.gfns.len() as u64),
+            Err(_) if self.times.is_over() => return Outcome::TimedOut(pages),
+            Err(NoLeaves::Absent) => return Outcome::Absent { absent: pages, failed: 0 },
+            Err(NoLeaves::Never) => return Outcome::Failed(pages),
         };
         let mut block = place.block.lock();
         let held = self.pinner.holds.pages_of(place.no);
         // Most shares are one run of pages of which none is mapped.
-        if let Some(run) = whole_run(share.gfns).filter(|_| held.is_none() && !self.speculates())
+        if let Some(run) = whole_run(share.gfns).filter(|_| held.is_none() && !self.is_short && !self.speculates())
             && block.mapped().has_none_of(run.clone())
         {
             return self.pin_new_run(place, &mut block, words, share.gfns, run);
         }
         let before = *block.mapped();
-        let mut mapping = Mapping { place, held, failed: PageSet::EMPTY, is_short: false };
+        let mut mapping = Mapping { place, held, failed: PageSet::EMPTY, is_short: self.is_short };
         self.map_missing(&mut mapping, &mut block, share.gfns);
         self.end_share(&mapping, &mut block, words, share.gfns, before)
     }
@@ -252,7 +264,7 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         &mut self,
         place: &Place<'s, Word<S>>,
         block: &mut Block,
-        words: &[Word<S>],
+        words: Words<'_, Word<S>>,
         gfns: &[u64],
         run: Range<usize>,
     ) -> Outcome {
@@ -272,7 +284,7 @@ impl<'s, S: TableSpace> Serving<'s, S> {
             }
         }
         if self.times.is_over() {
-            return self.take_back(place.no, block, PageSet::range(run));
+            return self.take_back(place.no, block, PageSet::range(run.clone()), run.len() as u64);
         }
         words.get(run).unwrap_or_default().iter().for_each(|word| Leaf::new(word).set_pinned());
         Outcome::Pinned
@@ -280,9 +292,9 @@ impl<'s, S: TableSpace> Serving<'s, S> {
 
     /// Unmaps pages that were mapped too late: the table may be somebody else's by now. What cannot be unmapped stays in the
     /// pin map, as it must.
-    fn take_back(&self, no: BlockNo, block: &mut Block, new: PageSet) -> Outcome {
+    fn take_back(&self, no: BlockNo, block: &mut Block, new: PageSet, failed: u64) -> Outcome {
         let _unmapped = self.pinner.unmap_extents(no, block, new);
-        Outcome::TimedOut
+        Outcome::TimedOut(failed)
     }
 
     /// Whether more may be mapped than is asked for.
@@ -295,21 +307,17 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         &self,
         mapping: &Mapping<'_, 's, Word<S>>,
         block: &mut Block,
-        words: &[Word<S>],
+        words: Words<'_, Word<S>>,
         gfns: &[u64],
         before: PageSet,
     ) -> Outcome {
-        let no = mapping.place.no;
+        let mut wanted = PageSet::EMPTY;
+        runs(gfns).for_each(|run| wanted.insert(run));
+        let new = *block.mapped() - before;
         if self.times.is_over() {
-            let new = *block.mapped() - before;
-            return self.take_back(no, block, new);
+            return self.take_back(mapping.place.no, block, new, (wanted - before).len());
         }
-        let mut to_set = PageSet::EMPTY;
-        runs(gfns).for_each(|run| to_set.insert(run));
-        let wanted = to_set;
-        if self.speculates() {
-            to_set |= *block.mapped() - before;
-        }
+        let to_set = if self.speculates() { wanted | new } else { wanted };
         for run in (to_set & *block.mapped()).runs() {
             let leaves = words.get(run).unwrap_or_default().iter().map(Leaf::new);
             // What was mapped before mostly says so already, and a look is cheaper than a write.
@@ -324,7 +332,7 @@ impl<'s, S: TableSpace> Serving<'s, S> {
     /// What becomes of pages that are in no region.
     fn without_ram(&self, gfns: &[u64]) -> Outcome {
         if self.times.is_over() {
-            return Outcome::TimedOut;
+            return Outcome::TimedOut(gfns.len() as u64);
         }
         let absent = gfns.iter().filter(|&&gfn| self.regions.is_absent(gfn)).count() as u64;
         Outcome::Absent { absent, failed: gfns.len() as u64 - absent }
@@ -485,4 +493,34 @@ fn runs(gfns: &[u64]) -> impl Iterator<Item = Range<usize>> {
         let start = BlockNo::index(first);
         Some(start..start + len)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Sorted gfns are cut where a plain look at each would cut them.
+        #[test]
+        fn gfns_are_cut_at_ends_and_gaps(
+            gfns in prop::collection::btree_set(prop_oneof![0..40_u64, 500..520_u64, u64::MAX - 20..=u64::MAX], 1..30),
+            more in 0..600_u64,
+        ) {
+            let gfns: Vec<_> = BTreeSet::into_iter(gfns).collect();
+            let end = gfns[0].saturating_add(more);
+            prop_assert_eq!(count_below(&gfns, end), gfns.iter().filter(|&&gfn| gfn < end).count().max(1));
+            let plain: Vec<_> = gfns.chunk_by(|a, b| a + 1 == *b).collect();
+            prop_assert_eq!(whole_run(&gfns).is_some(), plain.len() == 1);
+            // Runs are of one block.
+            for block in gfns.chunk_by(|a, b| a / 512 == b / 512) {
+                let cut = runs(block).map(|run| run.start as u64..run.end as u64);
+                let runs = block.chunk_by(|a, b| a + 1 == *b).map(|run| run[0] % 512..run[0] % 512 + run.len() as u64);
+                prop_assert!(cut.eq(runs));
+            }
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! Taking extents back: of one block, tick by tick, and to make room.
 
-use std::ops::ControlFlow;
+use std::ops::{AddAssign, ControlFlow};
 use std::sync::atomic::Ordering::Relaxed;
 
 use coiommu_dtt::Dtt;
@@ -61,15 +61,22 @@ pub(super) enum NotNow {
     Parked,
     /// Somebody works on the block.
     Busy,
-    /// The table that it was to be done by is not in use any more.
+    /// The table that it was to be done by is not in use any more, and maybe everything is being drained.
     Over,
 }
 
 /// How much room is needed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Need {
     pub(super) pages: u64,
     pub(super) mappings: u64,
+}
+
+impl AddAssign for Need {
+    fn add_assign(&mut self, other: Self) {
+        self.pages += other.pages;
+        self.mappings += other.mappings;
+    }
 }
 
 /// The room that was made.
@@ -186,7 +193,7 @@ impl<S: TableSpace> Pinner<S> {
 
     /// Frees idle extents until there is room, and at least 1/64 of the mappings: first those that were not accessed
     /// since they aged. Goes on where it ended the last time, for as long as the activation with this number lasts. Called
-    /// with no lock held.
+    /// with no lock held, but for that of changing regions.
     pub(super) fn make_room(&self, need: Need, activation: u64, is_over: &dyn Fn() -> bool) {
         self.counts.reclaims.add(1);
         let need = Need { mappings: need.mappings.max(self.totals.mappings() / 64), ..need };

@@ -3,21 +3,12 @@
 use crate::check::check;
 use crate::host::{Host, together};
 
-/// There is room for one page, and another is pinned and idle: it goes, unless the guest needs it again first. When all is
-/// idle again, there is room.
+/// There is room for one page, and another is pinned and idle: it goes, unless the guest needs it again first.
 #[test]
 fn for_a_page_where_another_is_wanted_again() {
     check(None, || {
         let host = Host::new("quota=4k", &[0, 1]).with_ram(0..4).with_idle(0..1);
-        together(
-            host,
-            [
-                |host| _ = host.dma(&[0]),
-                |host| {
-                    host.dma(&[1]);
-                },
-            ],
-        );
+        together(host, [|host| _ = host.dma(&[0]), |host| _ = host.dma(&[1])]);
     });
 }
 
@@ -30,7 +21,7 @@ fn in_the_block_of_the_page_itself() {
     });
 }
 
-/// Each of two pins finds room only in the other's block.
+/// Two pins make room at once, in blocks that the other works on.
 #[test]
 fn in_each_others_block() {
     check(None, || {

@@ -5,11 +5,10 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
 
 use coiommu_dtt::guest::{GuestDtt, TablePages};
 use coiommu_dtt::{Bdf, Gfn, Gpa, LeafEntry, Levels, NotifySlots, RequestWord, TableMemory};
-use coiommu_pin::pinner::{Clock, Drain, PinResult, Pinner, PinnerConfig};
+use coiommu_pin::pinner::{Drain, PinResult, Pinner, PinnerConfig, SystemClock};
 use coiommu_pin::request::Scratch;
 use coiommu_pin::{DmaMapper, Extent, Policy, RamRegion};
 use coiommu_vfio::SoftIommu;
@@ -39,16 +38,6 @@ const FOREIGN: u8 = 0xa5;
 
 /// The pinner's view of memory: what stays. Tables and batches lie there, so what moves need not be in it.
 pub(crate) type Space = Arc<GuestMemoryMmap>;
-
-/// Real time.
-#[derive(Debug)]
-pub(crate) struct RealClock(Instant);
-
-impl Clock for RealClock {
-    fn now(&self) -> Duration {
-        self.0.elapsed()
-    }
-}
 
 /// Pages for a guest's tables, from the first of an arena up.
 #[derive(Debug)]
@@ -146,7 +135,7 @@ pub(crate) struct Machine {
     /// Counts up when a reset begins and when it is over: odd in between.
     pub(crate) resets: AtomicU64,
     pub(crate) tally: Tally,
-    pub(crate) clock: RealClock,
+    pub(crate) clock: SystemClock,
     pub(crate) seed: u64,
     pub(crate) bdf: Bdf,
     over: AtomicBool,
@@ -207,7 +196,7 @@ impl Machine {
             pause: Pause::default(),
             resets: AtomicU64::new(0),
             tally: Tally::default(),
-            clock: RealClock(Instant::now()),
+            clock: SystemClock,
             seed,
             bdf,
             over: AtomicBool::new(false),
