@@ -244,6 +244,13 @@ mod tests {
         set
     }
 
+    #[test]
+    fn a_set_of_nothing_is_empty() {
+        assert!(PageSet::EMPTY.is_empty() && !PageSet::ALL.is_empty() && !PageSet::range(511..512).is_empty());
+        assert_eq!((PageSet::EMPTY.word(0), PageSet::ALL.word(7), PageSet::range(64..66).word(1)), (0, !0, 3));
+        assert_eq!(PageSet::EMPTY.one_down(), PageSet::range(511..512));
+    }
+
     proptest! {
         /// Everything a set answers is what a plain set of numbers answers.
         #[test]
@@ -270,7 +277,12 @@ mod tests {
             prop_assert_eq!(set.gap_in(low..high), gap);
             prop_assert_eq!(set.first_from(low), a.range(low..).next().copied());
             prop_assert_eq!(plain(PageSet::range(low..high)), (low..high).collect());
-            prop_assert_eq!(a.iter().all(|&page| set.contains(page)), true);
+            prop_assert!((0..=BLOCK_PAGES).all(|page| set.contains(page) == a.contains(&page)));
+            let (mut joined, mut by_words) = (set, PageSet::EMPTY);
+            joined |= other;
+            prop_assert_eq!(joined, set | other);
+            (0..=WORDS).for_each(|word| by_words.set_word(word, set.word(word)));
+            prop_assert_eq!(by_words, set);
             let runs: Vec<_> = set.runs().collect();
             prop_assert_eq!(runs.iter().cloned().flatten().collect::<BTreeSet<_>>(), a.clone());
             prop_assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].start));
