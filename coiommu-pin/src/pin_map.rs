@@ -386,6 +386,14 @@ mod tests {
         };
         assert!(books.visit_all(1000..5121, visit).is_continue());
         assert_eq!(last, Some(5120));
+        let books = Books::new(1000..20_000);
+        let empty = books.overhead();
+        assert!(books.visit_all(1000..3000, |_| ControlFlow::<()>::Continue(())).is_continue());
+        let one = books.overhead() - empty;
+        assert_eq!(one, (8 * size_of::<Mutex<Block>>()) as u64 + ALLOCATOR_BYTES, "one chunk was made, and no more");
+        assert!(books.visit_all(9000..9001, |_| ControlFlow::<()>::Continue(())).is_continue());
+        assert_eq!(books.overhead(), empty + 2 * one);
+        assert_eq!(empty, 5 * size_of::<OnceLock<Chunk>>() as u64);
     }
 
     #[test]

@@ -365,6 +365,32 @@ mod tests {
     }
 
     #[test]
+    fn bytes_have_the_largest_letter_that_loses_nothing() {
+        let all = [
+            (0, "0"),
+            (4096, "4k"),
+            (12 << 20, "12m"),
+            (1 << 30, "1g"),
+            (3 << 40, "3t"),
+            (1025, "1025"),
+            (5 << 10, "5k"),
+        ];
+        for (bytes, text) in all {
+            assert_eq!(Bytes(bytes).to_string(), text);
+            assert_eq!(parse_bytes(text), Some(bytes));
+        }
+    }
+
+    #[test]
+    fn there_are_ticks_if_the_policy_and_the_interval_say_so() {
+        let interval = |text: &str| text.parse::<Policy>().unwrap().tick_interval();
+        assert_eq!(interval("unpin_policy=lru,unpin_interval=2"), Some(Duration::from_secs(2)));
+        let never = Policy { unpin_policy: UnpinPolicy::Lru, unpin_interval: Duration::ZERO, ..Policy::default() };
+        assert_eq!(never.tick_interval(), None);
+        assert_eq!(interval("unpin_policy=off,unpin_interval=2"), None);
+    }
+
+    #[test]
     fn what_is_not_named_has_its_default() {
         assert_eq!("".parse(), Ok(Policy::default()));
         assert_eq!("unpin_interval=60,extent=run".parse(), Ok(Policy::default()));

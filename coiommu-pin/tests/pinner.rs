@@ -553,6 +553,68 @@ fn ram_that_cannot_be_unmapped_keeps_its_memory_and_its_place() {
 }
 
 #[test]
+fn ram_that_cannot_be_unmapped_is_kept_until_a_drain_has_unmapped_it() {
+    let mut rig = Rig::new("");
+    assert_eq!(rig.request(&[320]), PinResult::Pinned);
+    let region = Arc::clone(&rig.ram[1]);
+    let owners = Arc::strong_count(&region);
+    rig.iommu.fail_next_unmaps(10, MapError::Other(5));
+    rig.remove(1).unwrap_err();
+    assert_eq!(Arc::strong_count(&region), owners, "a device may still reach it");
+    rig.iommu.inject_nothing();
+    rig::drain(&rig);
+    assert_eq!((rig.iommu.mappings(), Arc::strong_count(&region)), (0, owners - 1));
+}
+
+#[test]
+fn memory_that_stays_mapped_is_never_freed() {
+    let mut rig = Rig::new("");
+    assert_eq!(rig.request(&[1]), PinResult::Pinned);
+    let (used, unused) = (Arc::clone(&rig.ram[0]), Arc::clone(&rig.ram[1]));
+    rig.iommu.inject(|call| matches!(call, Call::Unmap { .. }).then_some(MapError::Other(5)));
+    let iommu = Arc::clone(&rig.iommu);
+    let owners = Arc::strong_count(&used);
+    drop(rig);
+    assert_eq!(iommu.mappings(), 1);
+    // The rig and its guest memory had one each.
+    assert_eq!(Arc::strong_count(&used), owners - 2, "the pinner's is leaked");
+    drop(unused);
+}
+
+#[test]
+fn what_went_with_its_ram_is_not_pinned_after_a_deactivation() {
+    let mut rig = Rig::new("");
+    assert!(rig.map(&[320, 321]));
+    rig.remove(1).unwrap();
+    rig.pinner.deactivate(Drain::Deactivate).unwrap();
+    assert!(!rig.is_pinned(320) && !rig.is_pinned(321), "the guest would believe it");
+    assert!(!rig.pinner.is_active());
+    rig.pinner.activate(rig.guest.dtt().root(), 4).unwrap();
+    assert!(rig.pinner.is_active());
+    rig.add(&Arc::clone(&rig.ram[1])).unwrap();
+    assert_eq!(rig.iommu.mappings(), 0);
+}
+
+#[test]
+fn what_is_printed_shows_no_guest_memory() {
+    let mut rig = Rig::new("extent=run");
+    assert!(rig.map(&[1, 2]));
+    let text = format!("{:?}", rig.pinner);
+    assert!(text.contains("pinned_pages: 2") && text.contains("mappings: 1") && text.len() < 2000, "{text}");
+    let region = format!("{:?}", RamRegion::from_vm_memory(Arc::clone(&rig.ram[1])).unwrap());
+    assert!(region.contains("gpa: 0x136000") && region.contains("bytes: 0x316000"), "{region}");
+}
+
+#[test]
+fn a_list_in_any_order_is_pinned_once_a_page() {
+    let mut rig = Rig::new("extent=run");
+    assert_eq!(rig.request(&[9, 8, 7]), PinResult::Pinned);
+    assert_eq!(rig.request(&[20, 20, 21]), PinResult::Pinned);
+    assert_eq!(rig.extents(), extents(&[(7, 3), (20, 2)]));
+    assert_eq!(rig.pinner.counters().pages_asked, 5);
+}
+
+#[test]
 fn a_pinner_that_is_dropped_leaves_nothing_mapped() {
     let mut rig = Rig::new("extent=page");
     assert_eq!(rig.request(&[1, 2, 600]), PinResult::Pinned);
@@ -613,6 +675,7 @@ fn the_books_cost_under_a_hundredth_of_a_percent() {
     }
     assert_eq!(pinner.pinned_pages(), BYTES / PAGE / 512);
     let overhead = pinner.overhead_bytes();
+    assert!(overhead / (BYTES / PAGE / 512) >= 2 * 512 / 8, "two bits a page at least: {overhead}");
     assert!(overhead * 10_000 < BYTES, "{overhead} bytes for {BYTES}");
     assert_eq!(pinner.latency().len(), BYTES / PAGE / 512);
 }
