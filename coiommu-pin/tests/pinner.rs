@@ -261,6 +261,41 @@ fn blocks_where_nothing_changes_are_looked_at_less_often() {
 }
 
 #[test]
+fn a_tick_tells_what_it_did() {
+    let mut rig = Rig::new("extent=run,unpin_gen_threshold=2");
+    let told = |rig: &Rig| {
+        let report = rig.pinner.tick(None);
+        assert!(report.full_round && report.passed_over == 0);
+        (report.unpinned_pages, report.aged_pages, report.resting)
+    };
+    assert!(rig.map(&[1, 2, 600, 1600]));
+    assert_eq!(told(&rig), (0, 4, 0));
+    assert!(rig.map(&[1, 600]));
+    rig.unmap(&[1, 2, 1600]);
+    rig.unmap(&[1]);
+    assert_eq!(told(&rig), (1, 2, 0), "the page at 1600; 1 and 600 were accessed again");
+    assert_eq!(told(&rig), (2, 0, 0));
+    assert_eq!(told(&rig), (0, 0, 1), "600 is in use, and long as it was");
+    assert_eq!(told(&rig), (0, 0, 0), "every other time it is looked at");
+    rig.pinner.skip_rounds(1);
+    assert_eq!(told(&rig), (0, 0, 0), "and its turn was skipped");
+    rig.pinner.park();
+    assert_eq!(rig.pinner.tick(None), Default::default());
+}
+
+#[test]
+fn pages_that_cannot_be_pinned_are_counted() {
+    let mut rig = Rig::new("");
+    // In no RAM: 305, 1400 and 1401; then what went, too.
+    assert_eq!(rig.request(&[10, 305, 1400, 1401]), PinResult::Failed);
+    assert_eq!(rig.pinner.counters().pages_failed, 3);
+    rig.remove(2).unwrap();
+    assert_eq!(rig.request(&[10, 305, 1600, 1601]), PinResult::Failed);
+    assert_eq!(rig.pinner.counters().pages_failed, 6);
+    assert_eq!(rig.pinner.counters().pages_asked, 8);
+}
+
+#[test]
 fn room_is_made_of_idle_pages_those_that_aged_first() {
     let mut rig = Rig::new("extent=page");
     rig.iommu.set_entry_limit(Some(4));
