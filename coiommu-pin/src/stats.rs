@@ -75,9 +75,16 @@ counters! {
 pub(crate) struct Count(AtomicU64);
 
 impl Count {
-    /// Counts `n` more, and tells how many that makes.
-    pub(crate) fn add(&self, n: u64) -> u64 {
-        self.0.fetch_add(n, Relaxed).wrapping_add(n)
+    pub(crate) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Relaxed);
+    }
+
+    /// Counts `n` more. How many that makes, if it came to another power of two: so often may be told what a guest may be
+    /// able to bring about.
+    pub(crate) fn add_and_tell(&self, n: u64) -> Option<u64> {
+        let before = self.0.fetch_add(n, Relaxed);
+        let now = before.wrapping_add(n);
+        (now.leading_zeros() < before.leading_zeros()).then_some(now)
     }
 }
 
@@ -106,5 +113,17 @@ impl Latency {
 impl fmt::Debug for Latency {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Latency({} requests)", self.0.lock().len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_count_is_told_when_it_comes_to_a_power_of_two() {
+        let count = Count::default();
+        let told: Vec<_> = [1, 1, 1, 1, 0, 3, 9, 100].map(|n| count.add_and_tell(n)).into();
+        assert_eq!(told, [Some(1), Some(2), None, Some(4), None, None, Some(16), Some(116)]);
     }
 }

@@ -4,8 +4,8 @@ mod rig;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use coiommu_dtt::{Bdf, Gpa, RequestWord};
@@ -78,26 +78,15 @@ fn a_request_that_takes_too_long_is_cut_off_and_leaves_no_half_page() {
     assert_eq!(rig.pinner.counters().requests_timed_out, 1);
 }
 
-/// A clock that a test sets.
-#[derive(Clone, Default)]
-struct Set(Arc<Mutex<Duration>>);
-
-impl Clock for Set {
-    fn now(&self) -> Duration {
-        *self.0.lock().unwrap()
-    }
-}
-
 /// Serves a request whose first map call ends when its time is over.
 fn serve_too_late(rig: &mut Rig, pages: &[u64]) -> Step {
-    let mut request = rig.pinner.begin(rig.word(pages), Duration::ZERO).unwrap();
-    let clock = Set::default();
-    let slow = clock.clone();
+    let mut request = rig.pinner.begin(rig.word(pages), rig.clock.now()).unwrap();
+    let clock = rig.clock.clone();
     rig.iommu.inject(move |_| {
-        *slow.0.lock().unwrap() = SECOND * 5;
+        clock.pass(SECOND * 5);
         None
     });
-    rig.pinner.step(&mut request, &mut rig.scratch, &clock)
+    rig.pinner.step(&mut request, &mut rig.scratch, &rig.clock)
 }
 
 #[test]
@@ -605,7 +594,7 @@ fn ram_that_cannot_be_unmapped_is_kept_until_a_drain_has_unmapped_it() {
 fn memory_that_stays_mapped_is_never_freed() {
     let mut rig = Rig::new("");
     assert_eq!(rig.request(&[1]), PinResult::Pinned);
-    let (used, unused) = (Arc::clone(&rig.ram[0]), Arc::clone(&rig.ram[1]));
+    let used = Arc::clone(&rig.ram[0]);
     rig.iommu.inject(|call| matches!(call, Call::Unmap { .. }).then_some(MapError::Other(5)));
     let iommu = Arc::clone(&rig.iommu);
     let owners = Arc::strong_count(&used);
@@ -613,7 +602,6 @@ fn memory_that_stays_mapped_is_never_freed() {
     assert_eq!(iommu.mappings(), 1);
     // The rig and its guest memory had one each.
     assert_eq!(Arc::strong_count(&used), owners - 2, "the pinner's is leaked");
-    drop(unused);
 }
 
 #[test]

@@ -37,7 +37,7 @@ impl<M: GuestMemoryBackend> TableMemory for M {
         let fits = start.raw_value() % WORD == 0 && before.checked_add(count).is_some_and(|end| end <= all);
         if !fits || all > LARGEST_PIECE {
             // Whatever is wrong with that is said there.
-            return Ok((self.words32(at, count)?, 0));
+            return Ok((words_in(region, start, count, at)?, 0));
         }
         Ok((words_in(region, MemoryRegionAddress(0), all, at)?, before))
     }

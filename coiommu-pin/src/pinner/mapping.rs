@@ -169,9 +169,9 @@ impl<S: TableSpace> Pinner<S> {
         true
     }
 
-    /// Counts a disagreement, and tells of the 1st, 2nd, 4th, 8th …: a guest may be able to bring them about.
+    /// Counts a disagreement, and tells of the 1st, 2nd, 4th, 8th ….
     fn note_anomaly(&self, what: impl FnOnce() -> String) {
-        if self.counts.anomalies.add(1).is_power_of_two() {
+        if self.counts.anomalies.add_and_tell(1).is_some() {
             log::warn!("{}", what());
         }
     }

@@ -48,9 +48,7 @@ impl<S: TableSpace> Pinner<S> {
         let (returning, forgotten) = self.regions.write().add(bank.clone());
         let lost = self.bring_back(&returning, &bank);
         let pages: u64 = lost.iter().map(|run| run.end - run.start).sum();
-        let all = self.counts.pages_lost.add(pages);
-        // Each time their number has doubled: a guest may be able to bring it about.
-        if all.leading_zeros() < all.wrapping_sub(pages).leading_zeros() {
+        if let Some(all) = self.counts.pages_lost.add_and_tell(pages) {
             log::warn!("{pages} pages were pinned when the RAM at {gpa} went, and are not any more ({all} so far)");
         }
         self.clear_stale(lost.into_iter().chain(forgotten));

@@ -323,9 +323,6 @@ impl<'s, S: TableSpace> Serving<'s, S> {
             // What was mapped before mostly says so already, and a look is cheaper than a write.
             leaves.filter(|leaf| !leaf.is_pinned()).for_each(Leaf::set_pinned);
         }
-        if mapping.is_complete() && mapping.held.is_none() {
-            return Outcome::Pinned;
-        }
         self.what_is_missing(mapping, wanted - *block.mapped())
     }
 
@@ -370,9 +367,6 @@ impl<'s, S: TableSpace> Serving<'s, S> {
 
     /// Maps adjacent pages that are not mapped and not held, in extents as the policy says.
     fn map_gap(&mut self, mapping: &mut Mapping<'_, 's, Word<S>>, block: &mut Block, gap: Range<usize>) {
-        if mapping.is_short {
-            return;
-        }
         match self.pinner.config.policy.extent {
             ExtentPolicy::Page => self.map_singly(mapping, block, gap),
             ExtentPolicy::Run => self.map_run(mapping, block, gap),
@@ -449,13 +443,6 @@ struct Mapping<'a, 's, W> {
     failed: PageSet,
     /// There is no room: nothing more is tried.
     is_short: bool,
-}
-
-impl<W> Mapping<'_, '_, W> {
-    /// Whether nothing went wrong so far.
-    fn is_complete(&self) -> bool {
-        !self.is_short && self.failed.is_empty()
-    }
 }
 
 /// How many of some sorted gfns, each of which is there once, are below `end`; at least one.

@@ -1,11 +1,10 @@
 //! A guest, a pinner and an IOMMU in software, with RAM that has a hole and ends in the middle of blocks.
 #![allow(dead_code, unreachable_pub, reason = "a module of several tests, each of which uses its part")]
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use coiommu_dtt::guest::{GuestDtt, TablePages, write_batch};
@@ -34,19 +33,19 @@ const REGION_PAGES: u64 = if cfg!(miri) { 2 } else { TABLE_PAGES + BATCH_PAGES }
 
 pub type Space = Arc<GuestMemoryMmap>;
 
-/// A clock that tests set.
-#[derive(Debug, Default)]
-pub struct TestClock(Cell<Duration>);
+/// A clock that tests set. Its clones show the same time.
+#[derive(Clone, Debug, Default)]
+pub struct TestClock(Arc<Mutex<Duration>>);
 
 impl TestClock {
     pub fn pass(&self, time: Duration) {
-        self.0.set(self.0.get() + time);
+        *self.0.lock().unwrap() += time;
     }
 }
 
 impl Clock for TestClock {
     fn now(&self) -> Duration {
-        self.0.get()
+        *self.0.lock().unwrap()
     }
 }
 
