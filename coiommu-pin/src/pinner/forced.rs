@@ -181,7 +181,7 @@ impl<S: TableSpace> Pinner<S> {
     fn finish_unpin(&self, mut unpin: ForcedUnpin, in_time: bool) -> UnpinStep {
         let all = unpin.hold.gfns.end - unpin.hold.gfns.start;
         // RAM that is just going is not remembered yet.
-        let no_region_changes = self.changing_regions.try_lock();
+        let no_region_changes = self.changing_regions.try_read();
         let region_changes = self.region_changes.load(Acquire);
         if no_region_changes.is_none() || unpin.region_changes != region_changes {
             // RAM came or went, and with it maybe, behind us, what was pinned. What was released is held, and stays so.
@@ -212,7 +212,7 @@ impl<S: TableSpace> Pinner<S> {
         // held here, so it is only tried.
         let _no_drain = match activation.dtt {
             Some(_) => None,
-            None => Some(self.changing_regions.try_lock().ok_or(NotNow::Over)?),
+            None => Some(self.changing_regions.try_read().ok_or(NotNow::Over)?),
         };
         self.try_block(spot, |block| {
             let mapped = *block.mapped() & pages;

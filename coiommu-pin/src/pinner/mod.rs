@@ -139,8 +139,9 @@ pub struct Pinner<S: TableSpace> {
     mapper: Arc<dyn DmaMapper>,
     config: PinnerConfig,
     regions: RwLock<Regions>,
-    /// Held while regions come and go, one at a time, and while draining; before all other locks.
-    changing_regions: Mutex<()>,
+    /// Written while regions come and go, one at a time, and while draining; before all other locks. Read, for a moment, by
+    /// forced unpins, which must not see half of it and hold other locks: they only try.
+    changing_regions: RwLock<()>,
     /// How many regions ever came and went. Release, once a change is over, and acquire: a forced unpin that begins with
     /// this number sees all that was mapped again until then.
     region_changes: AtomicU64,
@@ -178,7 +179,7 @@ impl<S: TableSpace> Pinner<S> {
             mapper,
             config,
             regions: RwLock::default(),
-            changing_regions: Mutex::default(),
+            changing_regions: RwLock::default(),
             region_changes: AtomicU64::new(0),
             totals: Totals::default(),
             activation: RwLock::default(),
@@ -199,7 +200,7 @@ impl<S: TableSpace> Pinner<S> {
     ///
     /// [`DttError`]: there is no table; nothing is in use then.
     pub fn activate(&self, root: Gpa, levels: u64) -> Result<(), DttError> {
-        let _one_at_a_time = self.changing_regions.lock();
+        let _one_at_a_time = self.changing_regions.write();
         if let Err(error) = self.drain(Drain::Deactivate) {
             // They stay in the pin map, which the new table is served from.
             log::warn!("activated anew: {error}");
@@ -218,7 +219,7 @@ impl<S: TableSpace> Pinner<S> {
     ///
     /// [`DrainError`] if the mapper refused to unmap something.
     pub fn deactivate(&self, drain: Drain) -> Result<(), DrainError> {
-        let _one_at_a_time = self.changing_regions.lock();
+        let _one_at_a_time = self.changing_regions.write();
         self.drain(drain)
     }
 

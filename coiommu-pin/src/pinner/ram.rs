@@ -26,7 +26,7 @@ impl<S: TableSpace> Pinner<S> {
     ///
     /// [`RegionError`]: the region is not there.
     pub fn add_region(&self, region: RamRegion) -> Result<(), RegionError> {
-        let _one_at_a_time = self.changing_regions.lock();
+        let _one_at_a_time = self.changing_regions.write();
         let (gpa, bytes, gfns) = (region.gpa(), region.bytes(), region.gfns());
         let last = gpa.raw() + (bytes - 1);
         let limits = self.mapper.limits();
@@ -66,7 +66,7 @@ impl<S: TableSpace> Pinner<S> {
     /// [`RegionError::Unknown`] if no region is exactly there; [`RegionError::Stuck`] if the IOMMU refused to unmap some
     /// of it: the pinner keeps its memory, which must not be used for anything else.
     pub fn remove_region(&self, gpa: Gpa, bytes: u64) -> Result<(), RegionError> {
-        let _one_at_a_time = self.changing_regions.lock();
+        let _one_at_a_time = self.changing_regions.write();
         let first = gpa.raw() / PAGE_SIZE;
         let gfns = first..first.saturating_add(bytes / PAGE_SIZE);
         let exact = gpa.is_page_aligned() && bytes.is_multiple_of(PAGE_SIZE);

@@ -3,7 +3,7 @@
 //! Two things that loom's own locks leave out matter here:
 //!
 //! * A try that fails. Loom takes a lock's release for part of what follows, so it need never let another thread come
-//!   just before it. [`Mutex`] makes the release an event of its own, for tries only.
+//!   just before it. [`Mutex`] and [`RwLock`] make the release an event of its own, for tries only.
 //! * A writer that waits keeps new readers out, as std's may. So a thread that reads twice, one read inside the other,
 //!   can deadlock. And two readers do not disturb each other, which loom's lock explores as if they did. [`RwLock`] is a
 //!   mutex for each thread: a reader takes its own, a writer takes all.
@@ -85,6 +85,8 @@ struct Shared<T> {
     seats: [sync::Mutex<()>; THREADS],
     /// Whose they are, in the order in which they came to read. No part of the model.
     threads: std::sync::Mutex<Vec<loom::thread::ThreadId>>,
+    /// As in [`Locked`], of writers.
+    released: AtomicBool,
     /// Never waited for: the seats see to that.
     value: std::sync::RwLock<T>,
 }
@@ -98,6 +100,7 @@ pub(crate) struct RwLockReadGuard<'a, T> {
 #[derive(Debug)]
 pub(crate) struct RwLockWriteGuard<'a, T> {
     value: std::sync::RwLockWriteGuard<'a, T>,
+    released: &'a AtomicBool,
     _seats: [sync::MutexGuard<'a, ()>; THREADS],
 }
 
@@ -107,9 +110,16 @@ impl<T> RwLock<T> {
         RwLockReadGuard { value: self.0.value.try_read().expect("no writer has my seat"), _seat: seat }
     }
 
+    pub(crate) fn try_read(&self) -> Option<RwLockReadGuard<'_, T>> {
+        self.0.released.compare_exchange(true, true, Relaxed, Relaxed).expect_err("it is always false");
+        let seat = self.0.seats[self.seat()].try_lock().ok()?;
+        Some(RwLockReadGuard { value: self.0.value.try_read().expect("no writer has my seat"), _seat: seat })
+    }
+
     pub(crate) fn write(&self) -> RwLockWriteGuard<'_, T> {
-        let seats = self.0.seats.each_ref().map(|seat| seat.lock().expect("loom's locks have no poison"));
-        RwLockWriteGuard { value: self.0.value.try_write().expect("no reader has a seat"), _seats: seats }
+        let Shared { seats, released, value, .. } = &*self.0;
+        let seats = seats.each_ref().map(|seat| seat.lock().expect("loom's locks have no poison"));
+        RwLockWriteGuard { value: value.try_write().expect("no reader has a seat"), released, _seats: seats }
     }
 
     fn seat(&self) -> usize {
@@ -124,7 +134,21 @@ impl<T> RwLock<T> {
 
 impl<T: Default> Default for RwLock<T> {
     fn default() -> Self {
-        Self(Box::new(Shared { seats: Default::default(), threads: Default::default(), value: Default::default() }))
+        Self(Box::new(Shared {
+            seats: Default::default(),
+            threads: Default::default(),
+            released: AtomicBool::new(false),
+            value: Default::default(),
+        }))
+    }
+}
+
+/// The seats are released right after, with the field.
+impl<T> Drop for RwLockWriteGuard<'_, T> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.released.load(Relaxed);
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! A panic while a lock is held is a bug of ours. Whoever runs the pinner catches it and fails closed, which means that
 //! everything must still be drained: a lock that refuses would turn one bug into memory that a device reaches for ever.
 
-use std::sync::{self, PoisonError, TryLockError};
+use std::sync::{self, PoisonError, TryLockError, TryLockResult};
 
 pub(crate) use std::sync::{MutexGuard, OnceLock, atomic};
 
@@ -20,11 +20,7 @@ impl<T> Mutex<T> {
     }
 
     pub(crate) fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
-        match self.0.try_lock() {
-            Ok(guard) => Some(guard),
-            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
+        unless_taken(self.0.try_lock())
     }
 }
 
@@ -36,7 +32,20 @@ impl<T> RwLock<T> {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// `None` if somebody writes or waits to.
+    pub(crate) fn try_read(&self) -> Option<sync::RwLockReadGuard<'_, T>> {
+        unless_taken(self.0.try_read())
+    }
+
     pub(crate) fn write(&self) -> sync::RwLockWriteGuard<'_, T> {
         self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn unless_taken<G>(tried: TryLockResult<G>) -> Option<G> {
+    match tried {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
     }
 }

@@ -44,12 +44,13 @@ fn an_extent_whose_other_page_is_in_use() {
     });
 }
 
-/// Two holds on the same page, and a guest: when one ends, the other still holds. At most 3 preemptions.
+/// Two holds on the same page, and a guest: when one ends, the other still holds, and neither waits for the other. At most 3
+/// preemptions.
 #[test]
 fn two_holds() {
     check(Some(3), || {
         let hold_page_0 = |host: &Host| {
-            if let (_, Some(hold)) = host.force(0..1) {
+            if let (_, Some(hold)) = host.force_at_once(0..1) {
                 host.iommu.assert_unmapped(0..1);
                 host.iommu.assert_unmapped(0..1);
                 drop(hold);

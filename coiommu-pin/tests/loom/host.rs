@@ -13,7 +13,7 @@ use coiommu_dtt::geometry::PAGE_SHIFT;
 use coiommu_dtt::guest::{GuestDtt, write_batch};
 use coiommu_dtt::leaf::Mapped;
 use coiommu_dtt::{Bdf, Gfn, Gpa, Levels, PAGE_SIZE, RequestWord};
-use coiommu_pin::pinner::{Clock, Hold, PinResult, Pinner, PinnerConfig, UnpinReport, UnpinStep};
+use coiommu_pin::pinner::{Clock, ForcedUnpin, Hold, PinResult, Pinner, PinnerConfig, UnpinReport, UnpinStep};
 use coiommu_pin::request::Scratch;
 use coiommu_pin::{DmaMapper, RamFile, RamRegion, TableSpace};
 use loom::thread;
@@ -163,12 +163,22 @@ impl Host {
 
     /// A forced unpin to its end.
     pub fn force(&self, gfns: Range<u64>) -> (UnpinReport, Option<Hold>) {
+        self.force_or(gfns, |unpin| unpin)
+    }
+
+    /// A forced unpin to its end, with nobody about for whom it should wait.
+    pub fn force_at_once(&self, gfns: Range<u64>) -> (UnpinReport, Option<Hold>) {
+        self.force_or(gfns, |unpin| panic!("for whom does it wait? {unpin:?}"))
+    }
+
+    fn force_or(&self, gfns: Range<u64>, wait: fn(ForcedUnpin) -> ForcedUnpin) -> (UnpinReport, Option<Hold>) {
         let bytes = (gfns.end - gfns.start) * PAGE_SIZE;
         let mut unpin = self.pinner.begin_unpin(Gpa::new(gfns.start * PAGE_SIZE), bytes, &NOW);
         loop {
             unpin = match self.pinner.step_unpin(unpin, &NOW) {
                 UnpinStep::Done(report, hold) => return (report, hold),
-                UnpinStep::More(unpin) | UnpinStep::Wait(unpin) => unpin,
+                UnpinStep::More(unpin) => unpin,
+                UnpinStep::Wait(unpin) => wait(unpin),
             };
             thread::yield_now();
         }
