@@ -258,6 +258,19 @@ mod tests {
     }
 
     #[test]
+    fn behind_each_page_is_its_own_memory_and_its_own_part_of_the_file() {
+        let region = test_region(16..32, Some(PAGE_SIZE));
+        let backing = |gfn| region.backing(Gfn::new(gfn).unwrap());
+        let start = backing(16).unwrap().hva;
+        for gfn in 16..32 {
+            let backing = backing(gfn).unwrap();
+            assert_eq!((backing.hva.addr().get() - start.addr().get()) as u64, (gfn - 16) * PAGE_SIZE);
+            assert_eq!(backing.file.unwrap().offset, PAGE_SIZE + gfn * PAGE_SIZE);
+        }
+        assert!(backing(15).is_none() && backing(32).is_none());
+    }
+
+    #[test]
     fn memory_that_is_not_pages_is_no_region() {
         for (gpa, bytes) in [(1, 4096), (0, 1), (0, 0), (4096, 100), (u64::MAX - 4095, 8192)] {
             // SAFETY: refused, so never used.

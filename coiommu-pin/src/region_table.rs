@@ -229,7 +229,7 @@ mod tests {
         assert!(regions.remove(&(0..32)).is_none(), "no region ends there");
         assert!(regions.remove(&(0..64)).is_some());
         regions.remember(vec![4..6, 30..36, 40..41]);
-        assert!(regions.is_absent(63));
+        assert!(regions.any_absent() && regions.is_absent(63));
         let (back, forgotten) = regions.add(bank(0..32, Some(0)));
         assert_eq!(forgotten, []);
         assert_eq!(back.len(), 1);
@@ -240,6 +240,26 @@ mod tests {
         let (back, _) = regions.add(bank(33..64, None));
         assert_eq!(back[0].extents, [33..36, 40..41]);
         assert!(!regions.any_absent());
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "thousands of places, and nothing unsafe")]
+    fn the_oldest_place_is_forgotten_when_there_is_no_room_for_another() {
+        let mut regions = Regions::default();
+        let mut go = |place: u64| {
+            let gfns = 2 * place..2 * place + 1;
+            regions.add(bank(gfns.clone(), None));
+            let forgotten = regions.remove(&gfns).unwrap();
+            assert!(regions.let_go(&gfns).is_some());
+            regions.remember(vec![gfns]);
+            (forgotten, regions.absent.len())
+        };
+        for place in 0..MOST_ABSENT {
+            assert_eq!(go(place as u64), (vec![], place + 1));
+        }
+        let place = MOST_ABSENT as u64;
+        assert_eq!(go(place), (vec![0..1], MOST_ABSENT));
+        assert_eq!(go(place + 1), (vec![2..3], MOST_ABSENT));
     }
 
     #[test]

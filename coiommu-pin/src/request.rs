@@ -203,7 +203,6 @@ fn read_header<M: TableMemory + ?Sized>(header: Gpa, mem: &M, endpoints: &[Bdf])
     let first = header.checked_add(size_of::<BatchHeader>() as u64);
     let list = pages.checked_mul(size_of::<u64>() as u64);
     match (first, list) {
-        (Some(_), Some(0)) => Ok(Rest::Nothing),
         (Some(next), Some(bytes)) if next.checked_add(bytes).is_some() => Ok(Rest::Batch { next, pages }),
         _ => Err(Refusal::TooLong { header, pages }),
     }
@@ -294,6 +293,9 @@ mod tests {
         assert_eq!(serve(0, 1).1, Some(Refusal::NoEndpoint(NoEndpoint)));
         assert_eq!(serve(8, 1).1, Some(Refusal::UnknownEndpoint(bdf(8))));
         assert_eq!(serve(7, 0), (vec![vec![]], None));
+        let last = RAM as u64 - 16;
+        mem.write_obj(7_u16, GuestAddress(last)).unwrap();
+        assert_eq!(pieces(&mut decode(last | 1 << 63).unwrap(), &mem), (vec![vec![]], None), "nothing, where RAM ends");
         // As long as an address space: it ends where RAM ends.
         let (pieces_read, end) = serve(7, (u64::MAX - at - 16) / 8);
         assert!(matches!(end, Some(Refusal::Unreadable(_))));

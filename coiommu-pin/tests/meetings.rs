@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use coiommu_dtt::guest::GuestDtt;
+use coiommu_dtt::leaf::Mapped;
 use coiommu_dtt::{Bdf, Gpa, Levels, RequestWord};
 use coiommu_pin::pinner::{Drain, ForcedUnpin, PinResult, Pinner, PinnerConfig, UnpinStep};
 use coiommu_pin::request::Scratch;
@@ -23,6 +24,8 @@ use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
 /// A page of the first block, and one of the second.
 const NEAR: u64 = 5;
 const FAR: u64 = 600;
+
+const BDF: Bdf = Bdf::new(0x18).unwrap();
 
 /// Does something once, before a mapper call.
 struct Meeting {
@@ -81,8 +84,7 @@ impl Bed {
         let regions = [Arc::clone(&ram)].into_iter().chain(rig::tables()).collect();
         let memory = Arc::new(GuestMemoryMmap::from_arc_regions(regions).unwrap());
         let meeting = Arc::new(Meeting { iommu: SoftIommu::new(), next: Mutex::default() });
-        let bdf = Bdf::new(0x18).unwrap();
-        let config = PinnerConfig::new(Policy::default(), vec![bdf]);
+        let config = PinnerConfig::new(Policy::default(), vec![BDF]);
         let mapper = Arc::clone(&meeting) as Arc<dyn DmaMapper>;
         let pinner = Arc::new(Pinner::new(Arc::clone(&memory), mapper, config).unwrap());
         pinner.add_region(RamRegion::from_vm_memory(Arc::clone(&ram)).unwrap()).unwrap();
@@ -90,24 +92,57 @@ impl Bed {
         let guest = GuestDtt::new(&*memory, &pages, Levels::new(4).unwrap(), 8).unwrap();
         guest.leaf_table(&*memory, &pages, gfn(NEAR)).unwrap();
         pinner.activate(guest.dtt().root(), 4).unwrap();
+        let bed = Self { meeting, pinner, memory, guest, ram };
         for page in [NEAR, FAR] {
-            let word = RequestWord::page(gfn(page), bdf).unwrap();
-            assert_eq!(pinner.pin(word, &mut Scratch::default(), &Duration::ZERO), PinResult::Pinned);
+            assert_eq!(bed.pin(page), PinResult::Pinned);
         }
-        Self { meeting, pinner, memory, guest, ram }
+        bed
     }
 
-    /// In the middle of the first mapper call of `call`, a forced unpin of the far page begins and takes a step; what there
-    /// is to say of it then.
-    fn unpin_far_during(&self, call: impl FnOnce(&Self)) -> UnpinStep {
+    fn ram_returns(&self) {
+        self.pinner.add_region(RamRegion::from_vm_memory(Arc::clone(&self.ram)).unwrap()).unwrap();
+    }
+
+    fn pin(&self, page: u64) -> PinResult {
+        let word = RequestWord::page(gfn(page), BDF).unwrap();
+        self.pinner.pin(word, &mut Scratch::default(), &Duration::ZERO)
+    }
+
+    /// In the middle of the first mapper call of `call`, a forced unpin of the far page begins and takes a step at this time;
+    /// what there is to say of it then.
+    fn unpin_far_during(&self, now: Duration, call: impl FnOnce(&Self)) -> UnpinStep {
         let pinner = Arc::clone(&self.pinner);
         let (to, from) = std::sync::mpsc::channel();
         self.meeting.before_next_call(move || {
             let unpin = pinner.begin_unpin(Gpa::new(FAR * PAGE), PAGE, &Duration::ZERO);
-            to.send(pinner.step_unpin(unpin, &Duration::ZERO)).unwrap();
+            to.send(pinner.step_unpin(unpin, &now)).unwrap();
         });
         call(self);
         from.try_recv().expect("the call has called the mapper")
+    }
+
+    /// While a pin in its block calls the mapper, the near page is unpinned at this time by another thread; what there is to
+    /// say of it then. Only who is in time may come back.
+    fn unpin_near_during_a_pin(&self, now: &'static Duration) -> UnpinStep {
+        let pinner = Arc::clone(&self.pinner);
+        let (to, from) = std::sync::mpsc::channel();
+        self.meeting.before_next_call(move || {
+            let unpins = std::thread::spawn(move || {
+                let unpin = pinner.begin_unpin(Gpa::new(NEAR * PAGE), PAGE, &Duration::ZERO);
+                let mut step = pinner.step_unpin(unpin, now);
+                loop {
+                    step = match step {
+                        UnpinStep::More(unpin) if now.is_zero() => pinner.step_unpin(unpin, now),
+                        step => return step,
+                    }
+                }
+            });
+            to.send(unpins).unwrap();
+            // Time for it to come to the block's lock. If it comes later, it has nobody to wait for, and ends the same.
+            std::thread::sleep(Duration::from_millis(50));
+        });
+        assert_eq!(self.pin(NEAR + 1), PinResult::Pinned);
+        from.try_recv().expect("the pin has called the mapper").join().unwrap()
     }
 
     fn go_on(&self, mut unpin: ForcedUnpin) -> UnpinStep {
@@ -126,9 +161,7 @@ impl Bed {
 fn a_forced_unpin_that_begins_while_ram_returns_does_not_miss_it() {
     let bed = Bed::new();
     bed.pinner.remove_region(Gpa::new(0), 1024 * PAGE).unwrap();
-    let step = bed.unpin_far_during(|bed| {
-        bed.pinner.add_region(RamRegion::from_vm_memory(Arc::clone(&bed.ram)).unwrap()).unwrap();
-    });
+    let step = bed.unpin_far_during(Duration::ZERO, Bed::ram_returns);
     assert!(bed.meeting.iommu.is_mapped(NEAR * PAGE, PAGE));
     let UnpinStep::Wait(unpin) = step else { panic!("RAM is on its way: {step:?}") };
     let UnpinStep::Done(report, Some(_hold)) = bed.go_on(unpin) else { panic!("nobody counts the page") };
@@ -136,11 +169,41 @@ fn a_forced_unpin_that_begins_while_ram_returns_does_not_miss_it() {
     assert_eq!(report.released, 1);
 }
 
+/// A forced unpin waits for who is at work in its block, and then does what it came for.
+#[test]
+fn a_forced_unpin_waits_for_a_pin_in_its_block() {
+    let bed = Bed::new();
+    let UnpinStep::Done(report, Some(_hold)) = bed.unpin_near_during_a_pin(&Duration::ZERO) else {
+        panic!("nobody counts the page");
+    };
+    assert_eq!((report.released, report.busy), (1, 0));
+}
+
+/// Once its time is over, it says what it knows, and does not come back.
+#[test]
+fn a_forced_unpin_that_is_late_does_not_come_back_to_a_pin_in_its_block() {
+    let bed = Bed::new();
+    let no_more_tables = Pages(AtomicU64::new(0));
+    assert_eq!(bed.guest.map(&*bed.memory, &no_more_tables, gfn(NEAR)), Ok(Mapped::Pinned));
+    let UnpinStep::Done(report, None) = bed.unpin_near_during_a_pin(&Duration::MAX) else { panic!("it is in use") };
+    assert_eq!((report.released, report.busy), (0, 1));
+}
+
+/// One that has no time left cannot wait for what is mapped again behind it: it may be anything.
+#[test]
+fn a_forced_unpin_that_is_late_says_busy_of_ram_that_returns() {
+    let bed = Bed::new();
+    bed.pinner.remove_region(Gpa::new(0), 1024 * PAGE).unwrap();
+    let step = bed.unpin_far_during(Duration::MAX, Bed::ram_returns);
+    let UnpinStep::Done(report, None) = step else { panic!("it has no time to wait: {step:?}") };
+    assert_eq!((report.released, report.not_pinned, report.busy, report.parked), (0, 0, 1, 0));
+}
+
 /// A guest that deactivates finds no PINNED in its table, whoever unmapped the page.
 #[test]
 fn a_forced_unpin_during_a_drain_leaves_no_pinned_behind() {
     let bed = Bed::new();
-    let step = bed.unpin_far_during(|bed| bed.pinner.deactivate(Drain::Deactivate).unwrap());
+    let step = bed.unpin_far_during(Duration::ZERO, |bed| bed.pinner.deactivate(Drain::Deactivate).unwrap());
     assert_eq!(bed.meeting.iommu.mappings(), 0);
     for page in [NEAR, FAR] {
         assert!(!bed.guest.is_pinned(&*bed.memory, gfn(page)).unwrap(), "page {page} says PINNED");

@@ -379,7 +379,7 @@ fn parking_nests_and_stops_ticks_and_forced_unpins() {
     let started = rig.clock.now();
     let (report, hold) = rig.force(&(0..4));
     assert_eq!((report.parked, report.not_pinned, hold.is_none()), (1, 3, true));
-    assert!(rig.clock.now() - started >= SECOND, "it waits for the park to end");
+    assert_eq!(rig.clock.now() - started, SECOND, "it waits for the park to end");
     let unpin = rig.pinner.begin_unpin(Gpa::new(PAGE), PAGE, &rig.clock);
     let UnpinStep::Wait(unpin) = rig.pinner.step_unpin(unpin, &rig.clock) else { panic!("it does not wait") };
     rig.pinner.unpark();
