@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use coiommu_dtt::{Bdf, Gpa, RequestWord};
+use coiommu_dtt::{Bdf, Gpa, Request, RequestWord};
 use coiommu_pin::pinner::{Clock, Drain, PinResult, Pinner, PinnerConfig, PinnerError, Step, UnpinStep};
 use coiommu_pin::region::RegionError;
 use coiommu_pin::request::{Refusal, Scratch};
@@ -548,15 +548,91 @@ fn a_request_for_ram_that_went_waits_a_second() {
 }
 
 #[test]
+fn a_request_that_cannot_be_read_waits_for_ram_that_went() {
+    let mut rig = Rig::new("");
+    let nowhere = RequestWord::batch(Gpa::new(0x7_0000_0000)).unwrap();
+    let endless = rig.word(&[1, 2]);
+    let Ok(Request::Batch { header }) = endless.decode() else { panic!("two pages are a batch") };
+    rig.memory.write_obj(u64::MAX, GuestAddress(header.raw() + 8)).unwrap();
+    let begin = |rig: &Rig, word| rig.pinner.begin(word, rig.clock.now()).unwrap();
+    let step = |rig: &mut Rig, request: &mut _| rig.pinner.step(request, &mut rig.scratch, &rig.clock);
+    let is_refused = |step| matches!(step, Step::Done(PinResult::Refused(_)));
+    for word in [nowhere, endless] {
+        let mut request = begin(&rig, word);
+        assert!(is_refused(step(&mut rig, &mut request)), "no RAM went that may come back");
+    }
+    rig.remove(1).unwrap();
+    let mut request = begin(&rig, endless);
+    assert!(is_refused(step(&mut rig, &mut request)), "no RAM makes that a request");
+    let mut request = begin(&rig, nowhere);
+    assert_eq!(step(&mut rig, &mut request), Step::Wait);
+    rig.clock.pass(SECOND);
+    assert!(is_refused(step(&mut rig, &mut request)));
+}
+
+#[test]
+fn pages_whose_table_is_away_count_as_in_use() {
+    let mut rig = Rig::new("");
+    assert_eq!(rig.request(&[1]), PinResult::Pinned);
+    let first_entry = GuestAddress(rig.guest.dtt().root().raw());
+    let entry: u64 = rig.memory.read_obj(first_entry).unwrap();
+    rig.memory.write_obj(0x7_0000_0001_u64, first_entry).unwrap();
+    assert_eq!(rig.pinner.tick(None).unpinned_pages, 0);
+    let (report, hold) = rig.force(&(0..4));
+    assert_eq!((report.busy, report.not_pinned, hold.is_none()), (1, 3, true));
+    rig.memory.write_obj(entry, first_entry).unwrap();
+    assert_eq!(rig.pinner.tick(None).unpinned_pages, 1);
+}
+
+#[test]
+fn pinned_is_cleared_late_where_the_table_was_away_when_ram_was_lost() {
+    let mut rig = Rig::new("");
+    assert_eq!(rig.request(&[320]), PinResult::Pinned);
+    rig.remove(1).unwrap();
+    let first_entry = GuestAddress(rig.guest.dtt().root().raw());
+    let entry: u64 = rig.memory.read_obj(first_entry).unwrap();
+    rig.memory.write_obj(0x7_0000_0001_u64, first_entry).unwrap();
+    rig.add(&rig::ram(&RAM[1])).unwrap();
+    rig.memory.write_obj(entry, first_entry).unwrap();
+    assert!(rig.is_pinned(320), "it could not be cleared");
+    rig.remove(2).unwrap();
+    assert!(!rig.is_pinned(320));
+    // Once is enough: from now on it is the guest's to say what it likes.
+    rig.set_pinned(320);
+    rig.add(&rig::ram(&RAM[2])).unwrap();
+    assert!(rig.is_pinned(320));
+}
+
+#[test]
+fn calls_of_the_mapper_are_counted() {
+    let mut rig = Rig::new("extent=page");
+    let calls = |rig: &Rig| {
+        let counters = rig.pinner.counters();
+        [counters.map_calls, counters.map_failures, counters.unmap_calls, counters.unmap_failures]
+    };
+    assert_eq!(rig.request(&[1, 3, 5]), PinResult::Pinned);
+    assert_eq!(calls(&rig), [3, 0, 0, 0]);
+    rig.iommu.fail_next_maps(2, MapError::Other(5));
+    assert_eq!(rig.request(&[7, 8, 9]), PinResult::Failed);
+    assert_eq!(calls(&rig), [6, 2, 0, 0]);
+    rig.iommu.fail_next_unmaps(1, MapError::Other(5));
+    assert_eq!(rig.force(&(1..2)).0.busy, 1);
+    assert_eq!(rig.force(&(1..2)).0.released, 1);
+    assert_eq!(calls(&rig), [6, 2, 2, 1]);
+}
+
+#[test]
 fn regions_are_checked_when_they_come_and_go() {
     let iommu = SoftIommu::builder().iova_ranges([0..=(1 << 24) - 1]).build();
     let rig = Rig::with_iommu("", iommu);
     let region = |gfns: Range<u64>| rig::ram(&gfns);
     assert!(matches!(rig.add(&region(299..310)), Err(RegionError::Overlaps { .. })));
-    assert!(matches!(rig.add(&region(4000..4100)), Err(RegionError::OutsideIommu { .. })));
+    assert!(matches!(rig.add(&region(4000..4097)), Err(RegionError::OutsideIommu { .. })));
+    rig.add(&region(4000..4096)).unwrap();
     rig.add(&region(300..310)).unwrap();
-    assert!(matches!(rig.pinner.remove_region(Gpa::new(0), 299 * PAGE), Err(RegionError::Unknown { .. })));
-    assert!(matches!(rig.pinner.remove_region(Gpa::new(1), PAGE), Err(RegionError::Unknown { .. })));
+    for (gpa, bytes) in [(0, 299 * PAGE), (1, 300 * PAGE), (0, 300 * PAGE + 1), (PAGE, PAGE)] {
+        assert!(matches!(rig.pinner.remove_region(Gpa::new(gpa), bytes), Err(RegionError::Unknown { .. })));
+    }
     rig.remove(0).unwrap();
     assert!(matches!(rig.remove(0), Err(RegionError::Unknown { .. })));
 }

@@ -174,6 +174,11 @@ impl Rig {
         self.leaf(page).contains(LeafEntry::PINNED)
     }
 
+    /// The guest says PINNED where it is not.
+    pub fn set_pinned(&self, page: u64) {
+        self.guest.dtt().leaf_table(&*self.memory, gfn(page)).unwrap().leaf(gfn(page)).set_pinned();
+    }
+
     /// A request as a guest sends it, served to its end.
     pub fn request(&mut self, pages: &[u64]) -> PinResult {
         let word = self.word(pages);
