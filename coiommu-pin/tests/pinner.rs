@@ -585,6 +585,29 @@ fn pages_whose_table_is_away_count_as_in_use() {
 }
 
 #[test]
+fn a_page_whose_table_is_away_fails_unless_its_ram_may_come_back() {
+    let mut rig = Rig::new("");
+    rig.memory.write_obj(0x7_0000_0001_u64, GuestAddress(rig.guest.dtt().root().raw())).unwrap();
+    assert_eq!(rig.request(&[1, 2]), PinResult::Failed);
+    assert_eq!(rig.pinner.counters().pages_failed, 2);
+    rig.remove(1).unwrap();
+    let mut request = rig.pinner.begin(rig.word(&[1]), rig.clock.now()).unwrap();
+    assert_eq!(rig.pinner.step(&mut request, &mut rig.scratch, &rig.clock), Step::Wait);
+    rig.clock.pass(SECOND);
+    assert_eq!(rig.pinner.step(&mut request, &mut rig.scratch, &rig.clock), Step::Done(PinResult::Failed));
+}
+
+#[test]
+fn pages_for_which_there_is_no_room_are_counted() {
+    let mut rig = Rig::new("quota=4k");
+    assert!(rig.map(&[1]));
+    for (pages, failed) in [(vec![3, 4, 6], 3), (vec![1, 600], 4)] {
+        assert_eq!(rig.request(&pages), PinResult::Failed);
+        assert_eq!(rig.pinner.counters().pages_failed, failed);
+    }
+}
+
+#[test]
 fn pinned_is_cleared_late_where_the_table_was_away_when_ram_was_lost() {
     let mut rig = Rig::new("");
     assert_eq!(rig.request(&[320]), PinResult::Pinned);
