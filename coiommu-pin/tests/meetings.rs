@@ -169,6 +169,19 @@ fn a_forced_unpin_that_begins_while_ram_returns_does_not_miss_it() {
     assert_eq!(report.released, 1);
 }
 
+/// A tick passes over the block that somebody works on, and says so.
+#[test]
+fn a_tick_does_not_wait_for_a_pin() {
+    let bed = Bed::new();
+    let (pinner, (to, from)) = (Arc::clone(&bed.pinner), std::sync::mpsc::channel());
+    bed.meeting.before_next_call(move || to.send(pinner.tick(None)).unwrap());
+    assert_eq!(bed.pin(NEAR + 1), PinResult::Pinned);
+    let report = from.try_recv().expect("the pin has called the mapper");
+    assert_eq!((report.passed_over, report.unpinned_pages, report.full_round), (1, 1, false));
+    let report = bed.pinner.tick(None);
+    assert_eq!((report.passed_over, report.unpinned_pages, report.full_round), (0, 2, true));
+}
+
 /// A forced unpin waits for who is at work in its block, and then does what it came for.
 #[test]
 fn a_forced_unpin_waits_for_a_pin_in_its_block() {

@@ -344,6 +344,18 @@ fn room_is_made_at_once_for_all_that_a_request_needs() {
 }
 
 #[test]
+fn room_is_made_in_mappings_as_well_as_in_pages() {
+    let mut rig = Rig::with_iommu("", SoftIommu::builder().entry_limit(Some(3)).build());
+    for idle in [vec![0, 1, 2, 3, 4, 5, 6, 7], vec![600], vec![1600]] {
+        assert_eq!(rig.request(&idle), PinResult::Pinned);
+    }
+    // The first of them has pages enough for all three.
+    assert_eq!(rig.request(&[20, 700, 1700]), PinResult::Pinned);
+    assert_eq!(rig.mapped_pages(), [20, 700, 1700]);
+    assert_eq!(rig.pinner.counters().reclaims, 1);
+}
+
+#[test]
 fn what_was_mapped_behind_our_back_is_unmapped_and_counted() {
     let mut rig = Rig::new("extent=run");
     let hva = std::ptr::NonNull::new(rig.memory_at(3)).unwrap();
