@@ -49,7 +49,7 @@ counters! {
     pages_unpinned_idle,
     /// Pages unmapped to make room.
     pages_unpinned_for_room,
-    /// Pages unmapped on demand.
+    /// Pages unmapped on demand, those too that were mapped with one that was wanted.
     pages_unpinned_forced,
     /// Calls of the mapper's map.
     map_calls,

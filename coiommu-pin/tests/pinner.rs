@@ -401,6 +401,16 @@ fn parking_nests_and_stops_ticks_and_forced_unpins() {
 }
 
 #[test]
+fn a_forced_unpin_tells_of_its_range_and_counts_all_it_unmaps() {
+    let mut rig = Rig::new("extent=run");
+    assert_eq!(rig.request(&[10, 11, 12, 13, 20]), PinResult::Pinned);
+    let (report, hold) = rig.force(&(12..20));
+    assert_eq!((report.released, report.not_pinned, hold.is_some()), (2, 6, true));
+    let counters = rig.pinner.counters();
+    assert_eq!((counters.pages_unpinned_forced, counters.pages_unpinned), (4, 4));
+}
+
+#[test]
 fn a_held_range_is_not_pinned_until_it_is_let_go() {
     let mut rig = Rig::new("extent=aligned=2m");
     assert!(rig.map(&[5]));

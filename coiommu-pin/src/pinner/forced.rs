@@ -215,7 +215,7 @@ impl<S: TableSpace> Pinner<S> {
             None => Some(self.changing_regions.try_read().ok_or(NotNow::Over)?),
         };
         self.try_block(spot, |block| {
-            let mapped = *block.mapped() & pages;
+            let before = *block.mapped();
             match activation.dtt {
                 Some(dtt) => {
                     self.unpin_block(no, block, Ask::Forced(pages), Limit::NONE, dtt, &self.space.view());
@@ -225,9 +225,9 @@ impl<S: TableSpace> Pinner<S> {
                     self.drain_block(no, block, None);
                 }
             }
-            let busy = (*block.mapped() & pages).len();
-            let released = mapped.len() - busy;
-            self.counts.pages_unpinned_forced.add(released);
+            let unpinned = before - *block.mapped();
+            self.counts.pages_unpinned_forced.add(unpinned.len());
+            let (released, busy) = ((unpinned & pages).len(), (*block.mapped() & pages).len());
             UnpinReport { released, busy, ..UnpinReport::default() }
         })
     }
