@@ -609,7 +609,8 @@ fn pages_whose_table_is_away_count_as_in_use() {
 fn a_page_whose_table_is_away_fails_unless_its_ram_may_come_back() {
     let mut rig = Rig::new("");
     rig.memory.write_obj(0x7_0000_0001_u64, GuestAddress(rig.guest.dtt().root().raw())).unwrap();
-    assert_eq!(rig.request(&[1, 2]), PinResult::Failed);
+    let mut request = rig.pinner.begin(rig.word(&[1, 2]), rig.clock.now()).unwrap();
+    assert_eq!(rig.pinner.step(&mut request, &mut rig.scratch, &rig.clock), Step::Done(PinResult::Failed));
     assert_eq!(rig.pinner.counters().pages_failed, 2);
     rig.remove(1).unwrap();
     let mut request = rig.pinner.begin(rig.word(&[1]), rig.clock.now()).unwrap();
