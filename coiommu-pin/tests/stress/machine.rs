@@ -311,7 +311,8 @@ impl Machine {
         assert_eq!(counters.pages_pinned - counters.pages_unpinned, self.pinner.pinned_pages());
         assert_eq!((counters.map_calls, counters.unmap_calls), (calls.map, calls.unmap));
         assert_eq!(counters.pages_unpinned_idle, tally.of(Did::TickedPage));
-        assert_eq!(counters.pages_unpinned_forced, tally.of(Did::ForcedPage));
+        // Extents go whole, also those that a range has in part.
+        assert!(counters.pages_unpinned_forced >= tally.of(Did::ForcedPage));
         assert_eq!(counters.requests_pinned, tally.of(Did::Pinned));
         assert_eq!(counters.requests_failed, tally.of(Did::Failed));
         assert_eq!(counters.requests_timed_out, tally.of(Did::TimedOut));
