@@ -259,7 +259,12 @@ mod tests {
 
     #[test]
     fn behind_each_page_is_its_own_memory_and_its_own_part_of_the_file() {
-        let region = test_region(16..32, Some(PAGE_SIZE));
+        let memory = Box::leak(vec![0_u8; 16 << 12].into_boxed_slice());
+        let file = test_region(16..32, Some(PAGE_SIZE)).file;
+        // SAFETY: the memory is never freed, and nothing else uses it.
+        let region =
+            unsafe { RamRegion::new(Gpa::new(16 << 12), 16 << 12, NonNull::from(memory).cast(), file, Arc::new(())) };
+        let region = region.unwrap();
         let backing = |gfn| region.backing(Gfn::new(gfn).unwrap());
         let start = backing(16).unwrap().hva;
         for gfn in 16..32 {
