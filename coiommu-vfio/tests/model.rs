@@ -218,7 +218,9 @@ impl Model {
 struct Pair {
     /// Goes before what it has mapped.
     iommu: SoftIommu,
-    memory: MmapRegion<()>,
+    region: MmapRegion<()>,
+    /// Where the memory begins in the region: at a page, which Miri's regions do not.
+    start: usize,
     model: Model,
 }
 
@@ -226,13 +228,15 @@ impl Pair {
     fn new(base: u64) -> Self {
         // So that what begins in the first pages lies in the memory.
         let len = usize::try_from((MEMORY_PAGES + PAGES) * PAGE).unwrap();
-        let memory = MmapRegion::<()>::new(len).unwrap();
+        let page = usize::try_from(PAGE).unwrap();
+        let region = MmapRegion::<()>::new(len + page).unwrap();
+        let start = region.as_ptr().align_offset(page);
         let mut bytes = vec![0; len];
         bytes.chunks_mut(512).zip(1u32..).for_each(|(chunk, n)| chunk[..4].copy_from_slice(&n.to_le_bytes()));
-        memory.get_slice(0, len).unwrap().write_slice(&bytes, 0).unwrap();
+        region.get_slice(start, len).unwrap().write_slice(&bytes, 0).unwrap();
         let model = Model {
             base,
-            hva: memory.as_ptr().addr(),
+            hva: region.as_ptr().addr() + start,
             ranges: Vec::new(),
             memory: bytes,
             entry_limit: Some(65_535),
@@ -241,12 +245,12 @@ impl Pair {
             fail_unmaps: (0, MapError::Invalid),
             faults: Vec::new(),
         };
-        Self { memory, iommu: SoftIommu::builder().iova_ranges(Model::iova_ranges(base)).build(), model }
+        Self { region, start, iommu: SoftIommu::builder().iova_ranges(Model::iova_ranges(base)).build(), model }
     }
 
     fn map(&self, iova: u64, len: u64, memory: u64) -> Result<(), MapError> {
         let offset = usize::try_from(memory * PAGE).unwrap();
-        let hva = NonNull::new(self.memory.as_ptr().wrapping_add(offset)).unwrap();
+        let hva = NonNull::new(self.region.as_ptr().wrapping_add(self.start + offset)).unwrap();
         // SAFETY: the region lives as long as the IOMMU and is touched through vm-memory only. Every mapping that lies
         // within the IOVA ranges (others are refused) has at most PAGES pages, and so lies in the region.
         unsafe { self.iommu.map(iova, Backing { hva, file: None }, len) }
@@ -332,7 +336,7 @@ impl Pair {
             prop_assert_eq!(self.iommu.is_mapped(iova, pages * PAGE), mapped == pages);
         }
         let mut memory = vec![0; self.model.memory.len()];
-        self.memory.get_slice(0, memory.len()).unwrap().read_slice(&mut memory, 0).unwrap();
+        self.region.get_slice(self.start, memory.len()).unwrap().read_slice(&mut memory, 0).unwrap();
         prop_assert!(memory == self.model.memory, "a device wrote something else");
         prop_assert_eq!(self.iommu.faults(), &self.model.faults[..]);
         Ok(())
