@@ -1,0 +1,110 @@
+//! What the workers of one guest share.
+
+use std::any::Any;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::notify_map::NotifyMap;
+use crate::pinner::Pinner;
+use crate::space::TableSpace;
+
+/// One guest's pinner and slots, as its workers share them.
+///
+/// It serves until it is [closed](Self::close) or a worker panics. From then on, requests are answered and nothing else is
+/// done for them; once it is closed, the workers end as well.
+pub struct Service<S: TableSpace, N> {
+    pinner: Pinner<S>,
+    notify: N,
+    /// Requests are not served any more. Orders nothing: whoever sees it late serves a piece more.
+    refuses: AtomicBool,
+    failure: OnceLock<String>,
+    /// The workers are to end. Orders nothing.
+    is_closed: AtomicBool,
+    /// Readable from when it is closed; never read.
+    closing: EventFd,
+}
+
+impl<S: TableSpace, N: NotifyMap> Service<S, N> {
+    /// A service that is open, for workers to be made for.
+    ///
+    /// # Errors
+    ///
+    /// The system has no eventfd left.
+    pub fn new(pinner: Pinner<S>, notify: N) -> io::Result<Self> {
+        let closing = EventFd::new(EFD_NONBLOCK)?;
+        let [refuses, is_closed] = [const { AtomicBool::new(false) }; 2];
+        Ok(Self { pinner, notify, refuses, failure: OnceLock::new(), is_closed, closing })
+    }
+
+    /// The pinner: to be activated and deactivated, parked, told of RAM, and asked.
+    #[must_use]
+    pub const fn pinner(&self) -> &Pinner<S> {
+        &self.pinner
+    }
+
+    /// The slots.
+    #[must_use]
+    pub const fn notify(&self) -> &N {
+        &self.notify
+    }
+
+    /// Serves no more requests: those in service end with their piece, they and all that come are answered, and the
+    /// workers end. For good; what is pinned stays until the pinner is deactivated.
+    pub fn close(&self) {
+        self.refuses.store(true, Relaxed);
+        self.is_closed.store(true, Relaxed);
+        // It fails only if it was written 2^64 - 2 times, and then it is readable.
+        let _full = self.closing.write(1);
+    }
+
+    /// Why the service failed, if it did: what a worker said in its panic.
+    #[must_use]
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
+    }
+
+    /// Whether requests are answered without being served.
+    pub(super) fn refuses(&self) -> bool {
+        self.refuses.load(Relaxed)
+    }
+
+    /// Whether the workers are to end.
+    pub(super) fn is_closed(&self) -> bool {
+        self.is_closed.load(Relaxed)
+    }
+
+    /// Readable once the service is closed.
+    pub(super) fn closing_fd(&self) -> RawFd {
+        self.closing.as_raw_fd()
+    }
+
+    /// Does some work of a worker. `None` if it panics: then the service fails.
+    pub(super) fn guard<T>(&self, worker: &str, work: impl FnOnce() -> T) -> Option<T> {
+        // What a panic leaves half done is behind locks that are taken all the same, for draining; and nothing is pinned
+        // any more.
+        catch_unwind(AssertUnwindSafe(work)).map_err(|panic| self.fail(worker, &*panic)).ok()
+    }
+
+    fn fail(&self, worker: &str, panic: &(dyn Any + Send)) {
+        let said = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+        let failure = format!("{worker}: {}", said.unwrap_or("a panic without words"));
+        if self.failure.set(failure).is_ok() {
+            log::error!("{}; nothing more is pinned for this guest", self.failure().unwrap_or_default());
+        }
+        self.refuses.store(true, Relaxed);
+    }
+}
+
+impl<S: TableSpace, N> std::fmt::Debug for Service<S, N> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { pinner, is_closed, failure, .. } = self;
+        let mut fields = f.debug_struct("Service");
+        fields.field("pinner", pinner).field("is_closed", is_closed).field("failure", failure).finish_non_exhaustive()
+    }
+}

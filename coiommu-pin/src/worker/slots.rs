@@ -1,0 +1,160 @@
+//! Serving the slots of some vCPUs, a piece at a time.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use coiommu_dtt::RequestWord;
+use coiommu_dtt::notify::{Answered, NoSlot};
+
+use super::Polled;
+use super::service::Service;
+use crate::notify_map::NotifyMap;
+use crate::pinner::{Clock, Step};
+use crate::request::{PinRequest, Scratch};
+use crate::space::TableSpace;
+
+/// Serves the slots of some vCPUs, and has one piece of one request in hand at a time: a long batch of one vCPU keeps the
+/// others waiting for a piece, not for all of it.
+///
+/// It needs no thread and no file descriptor: [`PinWorker`](super::PinWorker) has those. Each slot belongs to one server:
+/// two for the same would serve the same request twice, which harms nobody.
+pub struct SlotServer<S: TableSpace, N: NotifyMap> {
+    service: Arc<Service<S, N>>,
+    slots: Box<[Slot]>,
+    scratch: Scratch,
+    /// Which slot's request comes next, of those in service.
+    next: usize,
+}
+
+/// A vCPU's slot, and the request that was taken from it, until it is answered.
+#[derive(Debug)]
+struct Slot {
+    vcpu: usize,
+    request: Option<PinRequest>,
+}
+
+impl<S: TableSpace, N: NotifyMap> SlotServer<S, N> {
+    /// A server for the slots of these vCPUs.
+    ///
+    /// # Errors
+    ///
+    /// [`NoSlot`]: one of them has none.
+    pub fn new(service: Arc<Service<S, N>>, vcpus: impl IntoIterator<Item = usize>) -> Result<Self, NoSlot> {
+        let vcpus = BTreeSet::from_iter(vcpus);
+        let slots = service.notify().slots().len();
+        if let Some(&vcpu) = vcpus.last().filter(|&&vcpu| vcpu >= slots) {
+            return Err(NoSlot { vcpu, slots });
+        }
+        let slots = vcpus.into_iter().map(|vcpu| Slot { vcpu, request: None }).collect();
+        Ok(Self { service, slots, scratch: Scratch::default(), next: 0 })
+    }
+
+    /// The vCPUs whose slots it serves, in ascending order.
+    pub fn vcpus(&self) -> impl Iterator<Item = usize> {
+        self.slots.iter().map(|slot| slot.vcpu)
+    }
+
+    /// What it shares with the others.
+    #[must_use]
+    pub const fn service(&self) -> &Arc<Service<S, N>> {
+        &self.service
+    }
+
+    /// Serves another piece of a request that takes longer, one of them in turn, and then, looking at every slot, the first
+    /// piece of each new one. Waits for nothing but map calls.
+    pub fn poll_once(&mut self, clock: &dyn Clock) -> Polled {
+        if !self.service.refuses() {
+            let service = Arc::clone(&self.service);
+            if let Some(polled) = service.guard("a pin worker", || self.serve(clock)) {
+                return polled;
+            }
+        }
+        self.refuse();
+        if self.service.is_closed() { Polled::Closed } else { Polled::Idle }
+    }
+
+    /// Whether a slot has something in it that is not in service: cheaper than to look and serve.
+    #[must_use]
+    pub fn has_new_request(&self) -> bool {
+        let slots = self.service.notify().slots();
+        let is_new = |slot: &&Slot| slot.request.is_none() && matches!(slots.take(slot.vcpu), Ok(Some(_)));
+        self.slots.iter().any(|slot| is_new(&slot))
+    }
+
+    fn serve(&mut self, clock: &dyn Clock) -> Polled {
+        let mut polled = Polled::Idle;
+        // A piece of one that was begun before, in turn; but who waits lets the next one go.
+        for _ in 0..self.slots.len() {
+            self.next = (self.next + 1) % self.slots.len();
+            polled = polled.max(self.step(self.next, clock));
+            if polled == Polled::More {
+                break;
+            }
+        }
+        // After a piece, the first one of all that are new.
+        for at in 0..self.slots.len() {
+            polled = polled.max(self.take(at, clock));
+        }
+        polled
+    }
+
+    /// Takes a request out of a slot, if there is a new one, and serves its first piece.
+    fn take(&mut self, at: usize, clock: &dyn Clock) -> Polled {
+        let Slot { vcpu, request } = &mut self.slots[at];
+        let taken = if request.is_none() { self.service.notify().slots().take(*vcpu) } else { Ok(None) };
+        let Ok(Some(word)) = taken else { return Polled::Idle };
+        match self.service.pinner().begin(word, clock.now()) {
+            Ok(begun) => {
+                *request = Some(begun);
+                self.step(at, clock)
+            }
+            Err(_refused_and_counted) => {
+                self.answer(at, word);
+                Polled::More
+            }
+        }
+    }
+
+    /// Serves a piece of the request that is in service for a slot, if there is one.
+    fn step(&mut self, at: usize, clock: &dyn Clock) -> Polled {
+        let Some(request) = self.slots[at].request.as_mut() else { return Polled::Idle };
+        match self.service.pinner().step(request, &mut self.scratch, clock) {
+            Step::Wait => Polled::Wait,
+            Step::More => Polled::More,
+            Step::Done(_told_by_pinned) => {
+                let word = request.word();
+                self.slots[at].request = None;
+                self.answer(at, word);
+                Polled::More
+            }
+        }
+    }
+
+    /// Answers what was taken from a slot. If there is another request by now, it is found when the slot is looked at again.
+    fn answer(&self, at: usize, word: RequestWord) {
+        let _found_later: Result<Answered, NoSlot> = self.service.notify().slots().answer(self.slots[at].vcpu, word);
+    }
+
+    /// Answers everything, and serves nothing.
+    fn refuse(&mut self) {
+        for at in 0..self.slots.len() {
+            self.slots[at].request = None;
+            if let Ok(Some(word)) = self.service.notify().slots().take(self.slots[at].vcpu) {
+                self.answer(at, word);
+            }
+        }
+    }
+}
+
+/// Nobody is left waiting.
+impl<S: TableSpace, N: NotifyMap> Drop for SlotServer<S, N> {
+    fn drop(&mut self) {
+        self.refuse();
+    }
+}
+
+impl<S: TableSpace, N: NotifyMap> std::fmt::Debug for SlotServer<S, N> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SlotServer").field("slots", &self.slots).finish_non_exhaustive()
+    }
+}
