@@ -1,5 +1,7 @@
 //! The notify map as the host has it: [`NotifyMap`], and [`SharedSlots`], which is one in memory that a VMM maps.
 
+use std::sync::Arc;
+
 use coiommu_dtt::memory::Word64;
 use coiommu_dtt::{Gpa, MemoryError, NotifySlots, TableMemory};
 
@@ -23,18 +25,20 @@ impl<W: Word64 + Send> NotifyMap for Vec<W> {
 /// Slots in memory that the guest shares: the device's BAR 2.
 ///
 /// ```
+/// use std::sync::Arc;
+///
 /// use coiommu_pin::{NotifyMap, SharedSlots};
 /// use vm_memory::{GuestAddress, GuestMemoryMmap};
 ///
 /// // Over a memfd, and mapped into the guest as well, in real life.
 /// let bar2 = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x2000)])?;
-/// let slots = SharedSlots::new(bar2, 4)?;
+/// let slots = SharedSlots::new(Arc::new(bar2), 4)?;
 /// assert_eq!(slots.slots().len(), 4);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
 pub struct SharedSlots<M> {
-    memory: M,
+    memory: Arc<M>,
     vcpus: usize,
 }
 
@@ -44,7 +48,7 @@ impl<M: TableMemory> SharedSlots<M> {
     /// # Errors
     ///
     /// [`MemoryError`]: there is no memory for so many.
-    pub fn new(memory: M, vcpus: usize) -> Result<Self, MemoryError> {
+    pub fn new(memory: Arc<M>, vcpus: usize) -> Result<Self, MemoryError> {
         memory.words64(Gpa::new(0), vcpus)?;
         Ok(Self { memory, vcpus })
     }
