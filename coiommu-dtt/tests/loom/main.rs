@@ -11,5 +11,6 @@ mod arena;
 mod check;
 mod leaf;
 mod notify;
+mod slot;
 mod table;
 mod watched;

@@ -1,32 +1,13 @@
 //! The notify slots: what a request and its answer carry along. Explored in full.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
-use coiommu_dtt::memory::Word64;
 use coiommu_dtt::notify::{Answered, NotifySlots, RequestWord};
-use loom::sync::atomic::AtomicU64;
 use loom::thread;
 
 use crate::check::check;
+use crate::slot::Word;
 use crate::watched::Watched;
-
-#[derive(Debug)]
-struct Word(AtomicU64);
-
-impl Word64 for Word {
-    fn load(&self, order: Ordering) -> u64 {
-        self.0.load(order)
-    }
-
-    fn store(&self, value: u64, order: Ordering) {
-        self.0.store(value, order);
-    }
-
-    fn compare_exchange(&self, current: u64, new: u64, success: Ordering, failure: Ordering) -> Result<u64, u64> {
-        self.0.compare_exchange(current, new, success, failure)
-    }
-}
 
 /// One slot, the batch that it points to, and what the host does for it.
 #[derive(Debug)]
@@ -38,7 +19,7 @@ struct Slot {
 
 impl Slot {
     fn new() -> Arc<Self> {
-        Arc::new(Self { word: [Word(AtomicU64::new(0))], batch: Watched::default(), work: Watched::default() })
+        Arc::new(Self { word: [Word::default()], batch: Watched::default(), work: Watched::default() })
     }
 
     fn slots(&self) -> NotifySlots<'_, Word> {

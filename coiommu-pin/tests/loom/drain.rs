@@ -12,7 +12,7 @@ fn deactivate_while_a_page_is_asked_for() {
         let host = Host::new("", &[0, 1]).with_ram(0..4).with_idle(0..1);
         // Bus mastering is off already: no device uses them.
         let deactivate = |host: &Host| {
-            host.pinner.deactivate(Drain::Deactivate).unwrap();
+            host.pinner().deactivate(Drain::Deactivate).unwrap();
             host.iommu.take(0..4);
             host.iommu.assert_unmapped(0..4);
         };
@@ -26,7 +26,7 @@ fn reset_while_a_page_is_asked_for() {
     check(None, || {
         let host = Host::new("", &[0]).with_ram(0..4);
         let reset = |host: &Host| {
-            host.pinner.deactivate(Drain::Reset).unwrap();
+            host.pinner().deactivate(Drain::Reset).unwrap();
             host.iommu.take(0..4);
             host.memory.take_table(host.guest.dtt().root());
         };

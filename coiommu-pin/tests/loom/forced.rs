@@ -66,7 +66,7 @@ fn two_holds() {
 fn a_page_that_is_going_anyway() {
     check(Some(3), || {
         let host = Host::new("", &[0]).with_ram(0..4).with_idle(0..1);
-        let tick = |host: &Host| _ = host.pinner.tick(None);
+        let tick = |host: &Host| _ = host.pinner().tick(None);
         together(host, [|host| _ = host.dma(&[0]), tick, take_page_0]);
     });
 }
@@ -79,7 +79,7 @@ fn a_page_whose_ram_goes_and_comes_back() {
         assert!(host.map(&[0]));
         let firmware = |host: &Host| {
             host.remove(&(0..4));
-            host.pinner.add_region(ram(&(0..4))).unwrap();
+            host.pinner().add_region(ram(&(0..4))).unwrap();
         };
         together(host, [firmware, take_page_0]);
     });
@@ -97,6 +97,6 @@ fn a_page_that_is_asked_for_when_its_ram_comes_back() {
                 host.iommu.access(0);
             }
         };
-        together(host, [ask, |host| host.pinner.add_region(ram(&(0..4))).unwrap(), take_page_0]);
+        together(host, [ask, |host| host.pinner().add_region(ram(&(0..4))).unwrap(), take_page_0]);
     });
 }

@@ -15,11 +15,13 @@ use coiommu_dtt::leaf::Mapped;
 use coiommu_dtt::{Bdf, Gfn, Gpa, Levels, PAGE_SIZE, RequestWord};
 use coiommu_pin::pinner::{Clock, ForcedUnpin, Hold, PinResult, Pinner, PinnerConfig, UnpinReport, UnpinStep};
 use coiommu_pin::request::Scratch;
+use coiommu_pin::worker::Service;
 use coiommu_pin::{DmaMapper, RamFile, RamRegion, TableSpace};
 use loom::thread;
 
 use crate::arena::Arena;
 use crate::iommu::Iommu;
+use crate::slot::Word;
 
 /// The pages of a region, at most.
 const RAM_PAGES: usize = 16;
@@ -28,6 +30,9 @@ static MEMORY: [AtomicU8; RAM_PAGES << PAGE_SHIFT] = [const { AtomicU8::new(0) }
 
 static FILE: LazyLock<RamFile> =
     LazyLock::new(|| RamFile::new(Arc::new(tempfile::tempfile().unwrap()), 1 << 32).unwrap());
+
+/// The guest's.
+pub const VCPUS: usize = 2;
 
 /// Loom has no time: the clock stands still, and all waiting is yielding.
 pub const NOW: Duration = Duration::ZERO;
@@ -45,7 +50,7 @@ impl TableSpace for Space {
 }
 
 pub struct Host {
-    pub pinner: Pinner<Space>,
+    pub service: Arc<Service<Space, Vec<Word>>>,
     pub iommu: Arc<Iommu>,
     pub memory: Arc<Arena>,
     pub guest: GuestDtt,
@@ -93,11 +98,16 @@ impl Host {
         let pinner = Pinner::new(Space(Arc::clone(&memory)), mapper, config).unwrap();
         let guest = GuestDtt::new(&*memory, &*memory, Levels::new(levels.into()).unwrap(), 4).unwrap();
         pinner.activate(guest.dtt().root(), levels.into()).unwrap();
-        Self { pinner, iommu, memory, guest, live: live.to_vec(), bdf }
+        let service = Arc::new(Service::new(pinner, (0..VCPUS).map(|_| Word::default()).collect()).unwrap());
+        Self { service, iommu, memory, guest, live: live.to_vec(), bdf }
+    }
+
+    pub fn pinner(&self) -> &Pinner<Space> {
+        self.service.pinner()
     }
 
     pub fn with_ram(self, gfns: Range<u64>) -> Self {
-        self.pinner.add_region(ram(&gfns)).unwrap();
+        self.pinner().add_region(ram(&gfns)).unwrap();
         self
     }
 
@@ -115,11 +125,16 @@ impl Host {
     /// The guest maps pages for a device, as a driver does: it counts them, and asks for those that are not pinned, in one
     /// request. False, with nothing counted, if that fails.
     pub fn map(&self, pages: &[u64]) -> bool {
+        self.map_by(pages, |missing| _ = self.ask(missing, &NOW))
+    }
+
+    /// The same, asking in this way.
+    pub fn map_by(&self, pages: &[u64], ask: impl FnOnce(&[u64])) -> bool {
         let needs_pin =
             |&page: &u64| self.guest.map(&*self.memory, &*self.memory, gfn(page)).unwrap() == Mapped::NeedsPin;
         let missing: Vec<_> = pages.iter().copied().filter(needs_pin).collect();
         if !missing.is_empty() {
-            let _told_by_pinned = self.ask(&missing, &NOW);
+            ask(&missing);
         }
         let all_pinned = missing.iter().all(|&page| self.is_pinned(page));
         if !all_pinned {
@@ -130,15 +145,19 @@ impl Host {
 
     /// The guest asks for pages; its own thread serves it, as it does nothing else meanwhile.
     pub fn ask(&self, pages: &[u64], clock: &dyn Clock) -> PinResult {
-        let word = match *pages {
+        self.pinner().pin(self.word(pages), &mut Scratch::default(), clock)
+    }
+
+    /// What asks for pages.
+    pub fn word(&self, pages: &[u64]) -> RequestWord {
+        match *pages {
             [page] => RequestWord::page(gfn(page), self.bdf).unwrap(),
             _ => {
                 let gfns: Vec<_> = pages.iter().map(|&page| gfn(page)).collect();
                 // A place for each first page: no two guests ask for the same at once.
                 write_batch(&*self.memory, Gpa::new(Arena::BYTES + pages[0] * PAGE_SIZE), self.bdf, &gfns).unwrap()
             }
-        };
-        self.pinner.pin(word, &mut Scratch::default(), clock)
+        }
     }
 
     pub fn unmap(&self, pages: &[u64]) {
@@ -173,9 +192,9 @@ impl Host {
 
     fn force_or(&self, gfns: Range<u64>, wait: fn(ForcedUnpin) -> ForcedUnpin) -> (UnpinReport, Option<Hold>) {
         let bytes = (gfns.end - gfns.start) * PAGE_SIZE;
-        let mut unpin = self.pinner.begin_unpin(Gpa::new(gfns.start * PAGE_SIZE), bytes, &NOW);
+        let mut unpin = self.pinner().begin_unpin(Gpa::new(gfns.start * PAGE_SIZE), bytes, &NOW);
         loop {
-            unpin = match self.pinner.step_unpin(unpin, &NOW) {
+            unpin = match self.pinner().step_unpin(unpin, &NOW) {
                 UnpinStep::Done(report, hold) => return (report, hold),
                 UnpinStep::More(unpin) => unpin,
                 UnpinStep::Wait(unpin) => wait(unpin),
@@ -185,7 +204,7 @@ impl Host {
     }
 
     pub fn remove(&self, gfns: &Range<u64>) {
-        self.pinner.remove_region(Gpa::new(gfns.start * PAGE_SIZE), (gfns.end - gfns.start) * PAGE_SIZE).unwrap();
+        self.pinner().remove_region(Gpa::new(gfns.start * PAGE_SIZE), (gfns.end - gfns.start) * PAGE_SIZE).unwrap();
     }
 
     /// What holds when all RAM is there and nobody is at work.
@@ -193,11 +212,11 @@ impl Host {
         for &page in self.live.iter().filter(|&&page| self.has_table(page) && self.is_pinned(page)) {
             self.iommu.access(page);
         }
-        let extents = self.pinner.extents().into_iter();
+        let extents = self.pinner().extents().into_iter();
         let extents: Vec<_> = extents.map(|extent| extent.first.raw()..extent.first.raw() + extent.pages).collect();
         assert_eq!(extents, self.iommu.mappings(), "the IOMMU has what the books have");
-        assert_eq!(self.pinner.mappings(), extents.len() as u64);
-        assert_eq!(self.pinner.counters().anomalies, 0);
+        assert_eq!(self.pinner().mappings(), extents.len() as u64);
+        assert_eq!(self.pinner().counters().anomalies, 0);
     }
 
     fn has_table(&self, page: u64) -> bool {

@@ -6,7 +6,7 @@ use crate::check::check;
 use crate::host::{Host, together};
 
 fn tick(host: &Host) {
-    host.pinner.tick(None);
+    host.pinner().tick(None);
 }
 
 /// A guest maps an idle page while it is taken back: either is first, and a pin waits for the unpin in flight.
@@ -42,7 +42,7 @@ fn a_tick_meets_a_pin_at_work() {
     static PASSED_OVER: AtomicBool = AtomicBool::new(false);
     check(None, || {
         let host = Host::new("", &[0, 1]).with_ram(0..4).with_idle(0..1);
-        let tick = |host: &Host| _ = PASSED_OVER.fetch_or(host.pinner.tick(None).passed_over > 0, Relaxed);
+        let tick = |host: &Host| _ = PASSED_OVER.fetch_or(host.pinner().tick(None).passed_over > 0, Relaxed);
         together(host, [|host| assert!(host.dma(&[1])), tick]);
     });
     assert!(PASSED_OVER.load(Relaxed), "no tick ever found a block locked");

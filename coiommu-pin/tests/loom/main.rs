@@ -26,5 +26,8 @@ mod pin;
 mod ram;
 mod room;
 mod shrinker;
+#[path = "../../../coiommu-dtt/tests/loom/slot.rs"]
+mod slot;
 #[path = "../../../coiommu-dtt/tests/loom/watched.rs"]
 mod watched;
+mod worker;

@@ -26,7 +26,7 @@ fn two_pages_of_one_extent() {
 fn two_pages_of_one_extent_and_a_tick() {
     check(Some(3), || {
         let host = Host::new("extent=aligned=64k", &[0, 1]).with_ram(0..16).with_idle(0..2);
-        let tick = |host: &Host| _ = host.pinner.tick(None);
+        let tick = |host: &Host| _ = host.pinner().tick(None);
         together(host, [|host| assert!(host.dma(&[0])), |host| assert!(host.dma(&[1])), tick]);
     });
 }

@@ -10,7 +10,7 @@ fn move_ram(host: &Host) {
     host.remove(&(0..4));
     host.iommu.take(0..4);
     host.iommu.assert_unmapped(0..4);
-    host.pinner.add_region(ram(&(0..4))).unwrap();
+    host.pinner().add_region(ram(&(0..4))).unwrap();
 }
 
 /// A page is in use, another is asked for: nothing is mapped while the RAM is away, and whatever the guest saw PINNED is
@@ -29,7 +29,7 @@ fn goes_and_comes_back_while_a_page_is_asked_for() {
 fn goes_and_comes_back_while_pages_are_taken_back() {
     check(None, || {
         let host = Host::new("", &[0]).with_ram(0..4).with_idle(0..1);
-        together(host, [|host| _ = host.pinner.tick(None), move_ram]);
+        together(host, [|host| _ = host.pinner().tick(None), move_ram]);
     });
 }
 
@@ -47,7 +47,7 @@ fn comes_back_while_its_page_is_asked_for() {
         let host = Host::new("", &[0]).with_ram(0..4);
         assert!(host.map(&[0]));
         host.remove(&(0..4));
-        together(host, [ask_for_page_0, |host| host.pinner.add_region(ram(&(0..4))).unwrap()]);
+        together(host, [ask_for_page_0, |host| host.pinner().add_region(ram(&(0..4))).unwrap()]);
     });
 }
 
@@ -58,6 +58,6 @@ fn other_ram_comes_while_its_page_is_asked_for() {
         let host = Host::new("", &[0]).with_ram(0..4);
         assert!(host.map(&[0]));
         host.remove(&(0..4));
-        together(host, [ask_for_page_0, |host| host.pinner.add_region(other_ram(&(0..4))).unwrap()]);
+        together(host, [ask_for_page_0, |host| host.pinner().add_region(other_ram(&(0..4))).unwrap()]);
     });
 }

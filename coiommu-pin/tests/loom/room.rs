@@ -37,8 +37,8 @@ fn while_a_guest_parks() {
     check(None, || {
         let host = Host::new("quota=4k", &[0, 1]).with_ram(0..4).with_idle(0..1);
         let park = |host: &Host| {
-            host.pinner.park();
-            host.pinner.unpark();
+            host.pinner().park();
+            host.pinner().unpark();
         };
         together(host, [|host| _ = host.dma(&[1]), park]);
     });

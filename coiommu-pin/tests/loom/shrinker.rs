@@ -11,7 +11,7 @@ use crate::host::{Host, together};
 /// Frees the leaf table of page 0 if nothing is in it, as the guest's shrinker does. The guest's own lock keeps its other
 /// CPUs out of the table meanwhile.
 fn shrink(host: &Host) {
-    host.pinner.park();
+    host.pinner().park();
     let table = host.guest.dtt().leaf_table(&*host.memory, Gfn::new(0).unwrap()).unwrap();
     if table.words()[0].load(Relaxed) == 0 {
         let directory = &host.memory.words64(host.guest.dtt().root(), 1).unwrap()[0];
@@ -19,7 +19,7 @@ fn shrink(host: &Host) {
         directory.store(0, Release);
         host.memory.take_table(table);
     }
-    host.pinner.unpark();
+    host.pinner().unpark();
 }
 
 /// Page 0 was pinned and is idle; its table is not the root.
@@ -35,7 +35,7 @@ fn frees_a_table_that_a_tick_has_emptied() {
             shrink(host);
             assert!(host.dma(&[0]));
         };
-        together(host(), [|host| _ = host.pinner.tick(None), guest]);
+        together(host(), [|host| _ = host.pinner().tick(None), guest]);
     });
 }
 
@@ -44,8 +44,8 @@ fn frees_a_table_that_a_tick_has_emptied() {
 fn frees_a_table_between_ticks() {
     check(None, || {
         let ticks = |host: &Host| {
-            host.pinner.tick(None);
-            host.pinner.tick(None);
+            host.pinner().tick(None);
+            host.pinner().tick(None);
         };
         let guest = |host: &Host| {
             shrink(host);
