@@ -37,6 +37,8 @@ counters! {
     requests_refused,
     /// Requests that took too long and were cut off.
     requests_timed_out,
+    /// Tables that were to be activated and are none.
+    activations_refused,
     /// Pages asked for, duplicates within a piece left out.
     pages_asked,
     /// Pages asked for that stayed without PINNED.

@@ -51,6 +51,22 @@ fn requests_that_make_no_sense_are_refused_and_counted() {
 }
 
 #[test]
+fn what_is_no_table_is_not_activated_and_ends_what_was_active() {
+    let rig = Rig::new("");
+    let root = rig.guest.dtt().root();
+    for (times, (root, levels)) in
+        [(root, 0), (root, 6), (root, u64::MAX), (Gpa::new(0x7_0000_0000), 4), (Gpa::new(root.raw() + 8), 4)]
+            .into_iter()
+            .enumerate()
+    {
+        rig.pinner.activate(rig.guest.dtt().root(), 4).unwrap();
+        assert!(rig.pinner.activate(root, levels).is_err(), "{root}, {levels} levels");
+        assert!(!rig.pinner.is_active());
+        assert_eq!(rig.pinner.counters().activations_refused, times as u64 + 1);
+    }
+}
+
+#[test]
 fn a_request_of_an_earlier_activation_is_not_served_from_the_next() {
     let mut rig = Rig::new("");
     let mut request = rig.pinner.begin(rig.word(&[1]), rig.clock.now()).unwrap();

@@ -198,14 +198,18 @@ impl<S: TableSpace> Pinner<S> {
     ///
     /// # Errors
     ///
-    /// [`DttError`]: there is no table; nothing is in use then.
+    /// [`DttError`]: there is no table; nothing is in use then. It is counted, and told of ever more rarely.
     pub fn activate(&self, root: Gpa, levels: u64) -> Result<(), DttError> {
         let _one_at_a_time = self.changing_regions.write();
         if let Err(error) = self.drain(Drain::Deactivate) {
             // They stay in the pin map, which the new table is served from.
             log::warn!("activated anew: {error}");
         }
-        let dtt = Dtt::new(&*self.space.view(), root, levels)?;
+        let dtt = Dtt::new(&*self.space.view(), root, levels).inspect_err(|error| {
+            if let Some(all) = self.counts.activations_refused.add_and_tell(1) {
+                log::warn!("not activated: {error} ({all} such so far)");
+            }
+        })?;
         let mut activation = self.activation.write();
         activation.dtt = Some(dtt);
         activation.number += 1;
