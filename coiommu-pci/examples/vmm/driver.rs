@@ -22,6 +22,8 @@ pub(crate) struct Driver {
     table: GuestDtt,
     table_pages: TablePagesInOrder,
     nic: Bdf,
+    /// How often the host was asked.
+    pub(crate) requests: AtomicU64,
 }
 
 /// Pages for tables and batches, from 1 MiB up. A real driver asks its kernel.
@@ -56,7 +58,15 @@ impl Driver {
         vmm.write_bar0(0x10, &4_u64.to_le_bytes());
         vmm.write_bar0(0x08, &1_u64.to_le_bytes());
         let bar2 = SharedSlots::new(Arc::clone(bar2), vcpus)?;
-        Ok(Self { vmm: Arc::clone(vmm), memory: Arc::clone(memory), bar2, table, table_pages, nic })
+        Ok(Self {
+            vmm: Arc::clone(vmm),
+            memory: Arc::clone(memory),
+            bar2,
+            table,
+            table_pages,
+            nic,
+            requests: AtomicU64::new(0),
+        })
     }
 
     /// Maps pages for the device: two atomics for each that is pinned, one request for all that are not.
@@ -95,6 +105,7 @@ impl Driver {
             _ => write_batch(&*self.memory, Gpa::new(BATCHES + vcpu as u64 * BATCH_BYTES), self.nic, pages)?,
         };
         let slots = self.bar2.slots();
+        self.requests.fetch_add(1, Ordering::Relaxed);
         slots.post(vcpu, request)?;
         self.vmm.write_bar0(0x18 + vcpu as u64, &[1]);
         while !slots.is_answered(vcpu)? {

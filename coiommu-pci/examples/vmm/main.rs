@@ -13,6 +13,7 @@ mod vmm;
 
 use std::error::Error;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use coiommu_dtt::{Gfn, Gpa, PAGE_SIZE};
 use coiommu_pin::pinner::Drain;
@@ -51,8 +52,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("{text} -> {}", String::from_utf8_lossy(&received));
         assert_eq!(received, text.to_uppercase().into_bytes());
     }
-    let pinner = vmm.team.service().pinner();
-    let (pinned, requests) = (pinner.pinned_pages(), pinner.counters().requests_pinned);
+    let (pinned, requests) = (vmm.team.service().pinner().pinned_pages(), driver.requests.load(Ordering::Relaxed));
     println!("pinned {pinned} of {} pages, by {requests} request", RAM as u64 / PAGE_SIZE);
 
     driver.remove();
