@@ -16,7 +16,7 @@ pub(crate) mod contest;
 mod drain;
 mod floor;
 mod mappers;
-mod ours;
+pub(crate) mod ours;
 mod pins;
 mod rival;
 pub(crate) mod scenes;
