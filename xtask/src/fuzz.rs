@@ -48,11 +48,19 @@ struct Target {
     allocation_mib: u32,
 }
 
-const TARGETS: [Target; 3] = [
+const TARGETS: [Target; 4] = [
     Target {
         name: "walk",
         folder: "coiommu-dtt",
         about: "tables made of anything, which change while they are walked",
+        max_len: 1024,
+        memory_mib: 512,
+        allocation_mib: 16,
+    },
+    Target {
+        name: "access",
+        folder: "coiommu-pci",
+        about: "any accesses to the device's config space and BARs",
         max_len: 1024,
         memory_mib: 512,
         allocation_mib: 16,

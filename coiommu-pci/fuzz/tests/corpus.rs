@@ -1,0 +1,60 @@
+//! The inputs in `corpus/` pass, and those written by hand are there.
+
+use std::fs;
+use std::path::Path;
+
+use coiommu_pci_fuzz::access;
+
+const CORPUS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/access");
+
+#[test]
+fn every_input_passes() {
+    let mut inputs = 0;
+    for entry in fs::read_dir(CORPUS).unwrap() {
+        access(&fs::read(entry.unwrap().path()).unwrap());
+        inputs += 1;
+    }
+    assert!(inputs >= SEEDS.len());
+}
+
+/// `SEEDS=write cargo test -p coiommu-pci-fuzz` writes them.
+#[test]
+fn seeds_are_in_the_corpus() {
+    for (name, steps) in SEEDS {
+        let input = steps.concat();
+        let file = Path::new(CORPUS).join(format!("seed-{name}"));
+        if std::env::var_os("SEEDS").is_some() {
+            fs::write(&file, &input).unwrap();
+        }
+        assert_eq!(fs::read(&file).unwrap(), input, "{name}");
+    }
+}
+
+// The pieces of inputs; `src/lib.rs` reads them. An access: what, where, how wide, data.
+const FOUR_VCPUS: &[u8] = &[3, 0, 0];
+const ALL_VCPUS: &[u8] = &[0xff, 3, 0];
+const FIRST_GENERATION: &[u8] = &[3, 0, 1];
+const ROOT: &[u8] = &[4, 0x00, 8, 0, 0x10, 0, 0, 0, 0, 0, 0];
+const LEVELS: &[u8] = &[4, 0x10, 8, 4, 0, 0, 0, 0, 0, 0, 0];
+const ROOT_IN_HALVES: &[u8] = &[4, 0x00, 4, 0, 0x10, 0, 0, 4, 0x04, 4, 1, 0, 0, 0];
+const ACTIVATE: &[u8] = &[4, 0x08, 8, 1, 0, 0, 0, 0, 0, 0, 0];
+const DEACTIVATE: &[u8] = &[4, 0x08, 8, 0, 0, 0, 0, 0, 0, 0, 0];
+const PARK_AND_UNPARK: &[u8] = &[4, 0x08, 4, 2, 0, 0, 0, 4, 0x08, 4, 3, 0, 0, 0];
+const NO_COMMAND: &[u8] = &[4, 0x08, 8, 9, 0, 0, 0, 0, 0, 0, 0, 4, 0x0c, 4, 1, 0, 0, 0];
+const DOORBELLS: &[u8] = &[4, 0x18, 1, 0, 4, 0x1b, 8, 1, 2, 3, 4, 5, 6, 7, 8, 4, 0x1c, 1, 0, 4, 0x18, 0];
+const LAST_DOORBELL: &[u8] = &[4, 0xf0, 0x17, 0x04, 1, 1, 4, 0xf0, 0x18, 0x04, 1, 1];
+const MEMORY_ON: &[u8] = &[1, 0x04, 2, 6, 0];
+const SIZE_BARS: &[u8] = &[1, 0x10, 8, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0x10, 8];
+const MOVE_BARS: &[u8] = &[1, 0x10, 4, 0, 0, 0xd0, 0xfe, 1, 0x1c, 4, 1, 0, 0, 0, 1, 0x21, 1, 0xe0];
+const IDENTITY: &[u8] = &[1, 0x00, 16, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 0, 0xfe, 16];
+const TOPOLOGY: &[u8] = &[0x22, 0, 16, 0x24, 0, 2, 9, 9, 0x22, 0xfc, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 4];
+const NOTIFY: &[u8] = &[0x12, 0, 8, 0x14, 0, 8, 1, 1, 1, 1, 1, 1, 1, 1];
+const RESET: &[u8] = &[0xff, 0, 0];
+
+const SEEDS: &[(&str, &[&[u8]])] = &[
+    ("driver", &[FOUR_VCPUS, MEMORY_ON, ROOT, LEVELS, ACTIVATE, DOORBELLS, PARK_AND_UNPARK, DEACTIVATE]),
+    ("first-generation", &[FIRST_GENERATION, ROOT, LEVELS, DOORBELLS, ROOT_IN_HALVES, RESET, LEVELS]),
+    ("firmware", &[FOUR_VCPUS, SIZE_BARS, MEMORY_ON, MOVE_BARS, SIZE_BARS, RESET, MEMORY_ON]),
+    ("nonsense", &[FOUR_VCPUS, IDENTITY, NO_COMMAND, TOPOLOGY, NOTIFY]),
+    ("many-vcpus", &[ALL_VCPUS, LAST_DOORBELL, TOPOLOGY]),
+];
