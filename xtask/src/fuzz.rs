@@ -48,7 +48,7 @@ struct Target {
     allocation_mib: u32,
 }
 
-const TARGETS: [Target; 4] = [
+const TARGETS: [Target; 5] = [
     Target {
         name: "walk",
         folder: "coiommu-dtt",
@@ -61,6 +61,14 @@ const TARGETS: [Target; 4] = [
         name: "access",
         folder: "coiommu-pci",
         about: "any accesses to the device's config space and BARs",
+        max_len: 1024,
+        memory_mib: 512,
+        allocation_mib: 16,
+    },
+    Target {
+        name: "guest",
+        folder: "coiommu-pci",
+        about: "a whole device, and a guest that means harm",
         max_len: 1024,
         memory_mib: 512,
         allocation_mib: 16,

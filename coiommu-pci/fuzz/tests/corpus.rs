@@ -3,30 +3,42 @@
 use std::fs;
 use std::path::Path;
 
-use coiommu_pci_fuzz::access;
+use coiommu_pci_fuzz::{access, guest};
 
-const CORPUS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/access");
+const CORPUS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/corpus");
+
+/// Pieces of inputs, by a name for the input.
+type Seeds = &'static [(&'static str, &'static [&'static [u8]])];
+
+/// A target takes bytes.
+type Run = fn(&[u8]);
+
+const TARGETS: [(&str, Run, Seeds); 2] = [("access", access, ACCESS), ("guest", guest, GUEST)];
 
 #[test]
 fn every_input_passes() {
-    let mut inputs = 0;
-    for entry in fs::read_dir(CORPUS).unwrap() {
-        access(&fs::read(entry.unwrap().path()).unwrap());
-        inputs += 1;
+    for (target, run, seeds) in TARGETS {
+        let mut inputs = 0;
+        for entry in fs::read_dir(Path::new(CORPUS).join(target)).unwrap() {
+            run(&fs::read(entry.unwrap().path()).unwrap());
+            inputs += 1;
+        }
+        assert!(inputs >= seeds.len(), "{target}");
     }
-    assert!(inputs >= SEEDS.len());
 }
 
 /// `SEEDS=write cargo test -p coiommu-pci-fuzz` writes them.
 #[test]
 fn seeds_are_in_the_corpus() {
-    for (name, steps) in SEEDS {
-        let input = steps.concat();
-        let file = Path::new(CORPUS).join(format!("seed-{name}"));
-        if std::env::var_os("SEEDS").is_some() {
-            fs::write(&file, &input).unwrap();
+    for (target, _, seeds) in TARGETS {
+        for (name, steps) in seeds {
+            let input = steps.concat();
+            let file = Path::new(CORPUS).join(target).join(format!("seed-{name}"));
+            if std::env::var_os("SEEDS").is_some() {
+                fs::write(&file, &input).unwrap();
+            }
+            assert_eq!(fs::read(&file).unwrap(), input, "{name}");
         }
-        assert_eq!(fs::read(&file).unwrap(), input, "{name}");
     }
 }
 
@@ -51,10 +63,33 @@ const TOPOLOGY: &[u8] = &[0x22, 0, 16, 0x24, 0, 2, 9, 9, 0x22, 0xfc, 0xff, 0xff,
 const NOTIFY: &[u8] = &[0x12, 0, 8, 0x14, 0, 8, 1, 1, 1, 1, 1, 1, 1, 1];
 const RESET: &[u8] = &[0xff, 0, 0];
 
-const SEEDS: &[(&str, &[&[u8]])] = &[
+const ACCESS: Seeds = &[
     ("driver", &[FOUR_VCPUS, MEMORY_ON, ROOT, LEVELS, ACTIVATE, DOORBELLS, PARK_AND_UNPARK, DEACTIVATE]),
     ("first-generation", &[FIRST_GENERATION, ROOT, LEVELS, DOORBELLS, ROOT_IN_HALVES, RESET, LEVELS]),
     ("firmware", &[FOUR_VCPUS, SIZE_BARS, MEMORY_ON, MOVE_BARS, SIZE_BARS, RESET, MEMORY_ON]),
     ("nonsense", &[FOUR_VCPUS, IDENTITY, NO_COMMAND, TOPOLOGY, NOTIFY]),
     ("many-vcpus", &[ALL_VCPUS, LAST_DOORBELL, TOPOLOGY]),
+];
+
+// Of a guest's inputs; `src/guest.rs` and `coiommu-pin`'s target read them. A policy and flags first.
+const QUIET: &[u8] = &[0, 0];
+const SCRIBBLED: &[u8] = &[3, 1];
+const HASTY: &[u8] = &[5, 4];
+/// What follows is an access.
+const BY: &[u8] = &[0];
+/// Pages 1 and 2 in slots 0 and 1, a batch in slot 2 where none is, all bits in slot 3.
+const POST: &[u8] =
+    &[1, 24, 0, 2, 3, 1, 24, 1, 2, 6, 1, 24, 2, 1, 9, 0, 1, 24, 3, 0, 255, 255, 255, 255, 255, 255, 255, 255];
+/// A batch of 600 pages from gfn 0, and a request for it.
+const BATCH: &[u8] = &[1, 3, 9, 0, 0, 0, 0x58, 2, 0, 0x58, 2, 1, 24, 0, 1, 9, 0];
+const POLL: &[u8] = &[1, 26];
+const TICK: &[u8] = &[1, 8, 0];
+const FORCE: &[u8] = &[1, 11, 0, 0xff, 0xff, 1, 13];
+const RAM_GOES: &[u8] = &[1, 15, 0];
+const RAM_RETURNS: &[u8] = &[1, 16, 0];
+
+const GUEST: Seeds = &[
+    ("driver", &[QUIET, BY, ROOT, BY, LEVELS, BY, ACTIVATE, POST, POLL, TICK, POLL, FORCE, BY, DEACTIVATE]),
+    ("harm", &[SCRIBBLED, BATCH, POLL, POST, RAM_GOES, POLL, RAM_RETURNS, POLL, POST]),
+    ("haste", &[HASTY, BATCH, POLL, POST, BY, RESET, POLL]),
 ];

@@ -43,7 +43,8 @@ pub(crate) struct Script {
 
 /// One thing that happens.
 #[derive(Debug)]
-pub(crate) enum Step {
+#[allow(missing_docs, reason = "fields are what the calls they become take")]
+pub enum Step {
     /// The guest writes.
     Write(Write),
     /// The guest writes a batch's header, and gfns in a row after it.
@@ -60,6 +61,13 @@ pub(crate) enum Step {
     Begin(u64),
     /// The next piece of a request that was begun.
     Serve(u8),
+    /// The guest puts something into a slot, whatever was in it.
+    Post {
+        slot: usize,
+        word: u64,
+    },
+    /// The slots are looked at once.
+    Poll,
     Tick(Option<u64>),
     Park,
     Unpark,
@@ -97,13 +105,13 @@ pub(crate) enum Step {
 }
 
 impl Script {
-    pub(crate) fn read(input: &[u8]) -> Self {
+    pub(crate) fn read(input: &[u8], mut read: impl FnMut(&mut Unstructured<'_>) -> Step) -> Self {
         let mut input = Unstructured::new(input);
         let policy = POLICIES[usize::from(number::<u8>(&mut input) % 8)];
         let flags: u8 = number(&mut input);
         let mut steps = Vec::new();
         while !input.is_empty() {
-            steps.push(step(&mut input));
+            steps.push(read(&mut input));
         }
         Self {
             policy,
@@ -124,44 +132,50 @@ impl Script {
     }
 }
 
-fn number<'a, N: Arbitrary<'a> + Default>(input: &mut Unstructured<'a>) -> N {
+/// The next number of an input, 0 after its end.
+pub fn number<'a, N: Arbitrary<'a> + Default>(input: &mut Unstructured<'a>) -> N {
     input.arbitrary().unwrap_or_default()
 }
 
-fn step(input: &mut Unstructured<'_>) -> Step {
-    match number::<u8>(input) % 24 {
-        0..=2 => Step::Write(write(input)),
-        3 => Step::Batch {
-            at: page(input) + u64::from(number::<u8>(input)),
-            bdf: if number::<u8>(input) & 7 == 7 { number(input) } else { BDF },
-            claims: if number::<u8>(input) & 7 == 7 { number(input) } else { number::<u16>(input).into() },
-            first: gfn(input),
-            gfns: number::<u16>(input) % 600,
-        },
-        4 | 5 => Step::Request(word(input)),
-        6 => Step::Begin(word(input)),
-        7 => Step::Serve(number(input)),
-        8 => Step::Tick(Some(number::<u8>(input)).filter(|&pages| pages != 0).map(u64::from)),
-        9 => Step::Park,
-        10 => Step::Unpark,
-        11 => Step::Force { gpa: gfn(input).wrapping_mul(PAGE_SIZE), bytes: u64::from(number::<u16>(input)) * 512 },
-        12 => Step::Force { gpa: number(input), bytes: number(input) },
-        13 => Step::GoOn,
-        14 => Step::LetGo,
-        15 => Step::Remove(usize::from(number::<u8>(input)) % RAM.len()),
-        16 | 17 => {
-            let choice: u8 = number(input);
-            Step::Add { place: usize::from(choice >> 1) % RAM.len(), other: choice & 1 == 1 }
+impl Step {
+    /// The next step of an input.
+    pub fn read(input: &mut Unstructured<'_>) -> Self {
+        match number::<u8>(input) % 28 {
+            0..=2 => Step::Write(write(input)),
+            3 => Step::Batch {
+                at: page(input) + u64::from(number::<u8>(input)),
+                bdf: if number::<u8>(input) & 7 == 7 { number(input) } else { BDF },
+                claims: if number::<u8>(input) & 7 == 7 { number(input) } else { number::<u16>(input).into() },
+                first: gfn(input),
+                gfns: number::<u16>(input) % 600,
+            },
+            4 | 5 => Step::Request(word(input)),
+            6 => Step::Begin(word(input)),
+            7 => Step::Serve(number(input)),
+            8 => Step::Tick(Some(number::<u8>(input)).filter(|&pages| pages != 0).map(u64::from)),
+            9 => Step::Park,
+            10 => Step::Unpark,
+            11 => Step::Force { gpa: gfn(input).wrapping_mul(PAGE_SIZE), bytes: u64::from(number::<u16>(input)) * 512 },
+            12 => Step::Force { gpa: number(input), bytes: number(input) },
+            13 => Step::GoOn,
+            14 => Step::LetGo,
+            15 => Step::Remove(usize::from(number::<u8>(input)) % RAM.len()),
+            16 | 17 => {
+                let choice: u8 = number(input);
+                Step::Add { place: usize::from(choice >> 1) % RAM.len(), other: choice & 1 == 1 }
+            }
+            18 => Step::Activate { root: page(input), levels: u64::from(number::<u8>(input) % 8) },
+            19 => Step::Deactivate(if number::<u8>(input) & 1 == 0 { Drain::Deactivate } else { Drain::Reset }),
+            20 | 21 => Step::Calls {
+                fail: number(input),
+                error: ERRORS[usize::from(number::<u8>(input) % 4)],
+                meanwhile: write(input),
+            },
+            24 | 25 => Step::Post { slot: number::<u8>(input).into(), word: word(input) },
+            26 | 27 => Step::Poll,
+            22 => Step::Room { mappings: number(input), pages: number(input) },
+            _ => Step::Pass(Duration::from_millis(u64::from(number::<u8>(input)) * 8)),
         }
-        18 => Step::Activate { root: page(input), levels: u64::from(number::<u8>(input) % 8) },
-        19 => Step::Deactivate(if number::<u8>(input) & 1 == 0 { Drain::Deactivate } else { Drain::Reset }),
-        20 | 21 => Step::Calls {
-            fail: number(input),
-            error: ERRORS[usize::from(number::<u8>(input) % 4)],
-            meanwhile: write(input),
-        },
-        22 => Step::Room { mappings: number(input), pages: number(input) },
-        _ => Step::Pass(Duration::from_millis(u64::from(number::<u8>(input)) * 8)),
     }
 }
 

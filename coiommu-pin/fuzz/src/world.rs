@@ -3,12 +3,14 @@
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use coiommu_dtt::{Bdf, Gpa, PAGE_SIZE, RequestWord};
 use coiommu_dtt_fuzz::Write;
 use coiommu_pin::pinner::{Drain, ForcedUnpin, Hold, PinResult, UnpinStep};
 use coiommu_pin::request::Scratch;
+use coiommu_pin::worker::{Polled, Service, SlotServer};
 use coiommu_pin::{Clock, DmaMapper, MapError, PinRequest, Pinner, PinnerConfig, RamRegion, pinner};
 use coiommu_vfio::SoftIommu;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -23,6 +25,8 @@ pub(crate) const LEAVES: u64 = 0x4000;
 /// A request of 600 gfns or less ends within so many steps, however it is cut, and whatever waits.
 const MOST_STEPS: u32 = 20_000;
 const MOST_OPEN: usize = 4;
+/// How many vCPUs the guest has.
+const SLOTS: usize = 4;
 /// Three blocks have RAM: what the books may take has nothing to do with what the guest asks for.
 const MOST_OVERHEAD: u64 = 64 << 10;
 
@@ -51,7 +55,10 @@ pub(crate) struct World<'p> {
     memory: Arc<GuestMemoryMmap>,
     space: Space,
     iommu: Arc<SoftIommu>,
-    pinner: Pinner<Space>,
+    service: Arc<Service<Space, Vec<AtomicU64>>>,
+    server: SlotServer<Space, Vec<AtomicU64>>,
+    /// Whether anything was ever put into a slot.
+    has_posted: bool,
     scratch: Scratch,
     clock: TestClock,
     /// Which memory is at each place: the first, the other, or none.
@@ -82,12 +89,17 @@ impl<'p> World<'p> {
         if script.has_table {
             pinner.activate(Gpa::new(ROOT), 4).expect("a table");
         }
+        let slots = (0..SLOTS).map(|_| AtomicU64::new(0)).collect();
+        let service = Arc::new(Service::new(pinner, slots).expect("an eventfd"));
+        let server = SlotServer::new(Arc::clone(&service), 0..SLOTS).expect("so many slots");
         Self {
             places,
             memory,
             space,
             iommu,
-            pinner,
+            service,
+            server,
+            has_posted: false,
             scratch: Scratch::default(),
             clock: TestClock { now: Cell::default(), haste: script.haste },
             there,
@@ -96,6 +108,10 @@ impl<'p> World<'p> {
             unpins: VecDeque::new(),
             holds: VecDeque::new(),
         }
+    }
+
+    fn pinner(&self) -> &Pinner<Space> {
+        self.service.pinner()
     }
 
     pub(crate) const fn memory(&self) -> &Arc<GuestMemoryMmap> {
@@ -117,25 +133,30 @@ impl<'p> World<'p> {
             }
             Step::Begin(_) => {}
             Step::Serve(which) => self.serve(which),
-            Step::Tick(budget) => {
-                let before = self.pinner.pinned_pages();
-                let report = self.pinner.tick(budget);
-                assert_eq!(before - self.pinner.pinned_pages(), report.unpinned_pages);
+            Step::Post { slot, word } => {
+                self.has_posted = true;
+                self.service.notify()[slot % SLOTS].store(word, Relaxed);
             }
-            Step::Park => self.pinner.park(),
-            Step::Unpark => self.pinner.unpark(),
+            Step::Poll => _ = self.server.poll_once(&self.clock),
+            Step::Tick(budget) => {
+                let before = self.pinner().pinned_pages();
+                let report = self.pinner().tick(budget);
+                assert_eq!(before - self.pinner().pinned_pages(), report.unpinned_pages);
+            }
+            Step::Park => self.pinner().park(),
+            Step::Unpark => self.pinner().unpark(),
             Step::Force { gpa, bytes } if self.unpins.len() < MOST_OPEN => {
-                self.unpins.push_back(self.pinner.begin_unpin(Gpa::new(gpa), bytes, &self.clock));
+                self.unpins.push_back(self.pinner().begin_unpin(Gpa::new(gpa), bytes, &self.clock));
             }
             Step::Force { .. } => {}
             Step::GoOn => self.step_unpin(),
             Step::LetGo => drop((self.holds.pop_front(), self.unpins.pop_back())),
             Step::Remove(n) => self.remove(n),
             Step::Add { place, other } => self.add(place, other),
-            Step::Activate { root, levels } => drop(self.pinner.activate(Gpa::new(root), levels)),
+            Step::Activate { root, levels } => drop(self.pinner().activate(Gpa::new(root), levels)),
             Step::Deactivate(drain) => {
-                let left = self.pinner.deactivate(drain).map_or_else(|error| error.pages, |()| 0);
-                assert_eq!(left, self.pinner.pinned_pages());
+                let left = self.pinner().deactivate(drain).map_or_else(|error| error.pages, |()| 0);
+                assert_eq!(left, self.pinner().pinned_pages());
             }
             Step::Calls { fail, error, meanwhile } => self.disturb(fail, error, meanwhile),
             Step::Room { mappings, pages } => {
@@ -149,19 +170,19 @@ impl<'p> World<'p> {
     fn begin(&mut self, word: u64) -> Option<PinRequest> {
         let word = RequestWord::from_raw(word)?;
         self.begun += 1;
-        self.pinner.begin(word, self.clock.now.get()).ok()
+        self.pinner().begin(word, self.clock.now.get()).ok()
     }
 
     fn serve(&mut self, which: u8) {
         let Some(mut request) = self.requests.remove(usize::from(which) % MOST_OPEN) else { return };
-        if !matches!(self.pinner.step(&mut request, &mut self.scratch, &self.clock), pinner::Step::Done(_)) {
+        if !matches!(self.service.pinner().step(&mut request, &mut self.scratch, &self.clock), pinner::Step::Done(_)) {
             self.requests.push_back(request);
         }
     }
 
     fn serve_to_end(&mut self, mut request: PinRequest) -> PinResult {
         for _ in 0..MOST_STEPS {
-            match self.pinner.step(&mut request, &mut self.scratch, &self.clock) {
+            match self.service.pinner().step(&mut request, &mut self.scratch, &self.clock) {
                 pinner::Step::Done(result) => return result,
                 pinner::Step::More => {}
                 pinner::Step::Wait => self.clock.pass(Duration::from_millis(100)),
@@ -170,9 +191,26 @@ impl<'p> World<'p> {
         panic!("{request:?} is never answered");
     }
 
+    /// Serves the slots until there is nothing left in them.
+    fn poll_to_end(&mut self) {
+        for _ in 0..MOST_STEPS {
+            match self.server.poll_once(&self.clock) {
+                Polled::Idle => {
+                    let is_answered = |slot: &AtomicU64| slot.load(Relaxed) == 0;
+                    assert!(self.service.notify().iter().all(is_answered), "{:?}", self.service.notify());
+                    return;
+                }
+                Polled::Wait => self.clock.pass(Duration::from_millis(100)),
+                Polled::More => {}
+                Polled::Closed => panic!("nobody closed the service"),
+            }
+        }
+        panic!("a slot is never answered: {:?}", self.service.notify());
+    }
+
     fn step_unpin(&mut self) {
         let Some(unpin) = self.unpins.pop_front() else { return };
-        match self.pinner.step_unpin(unpin, &self.clock) {
+        match self.pinner().step_unpin(unpin, &self.clock) {
             UnpinStep::More(unpin) => self.unpins.push_front(unpin),
             UnpinStep::Wait(unpin) => {
                 self.clock.pass(Duration::from_millis(100));
@@ -187,7 +225,7 @@ impl<'p> World<'p> {
 
     fn remove(&mut self, n: usize) {
         let (gpa, bytes) = place(n);
-        let removed = self.pinner.remove_region(gpa, bytes);
+        let removed = self.pinner().remove_region(gpa, bytes);
         if self.there[n].take().is_none() {
             removed.expect_err("nothing was there");
         }
@@ -201,12 +239,12 @@ impl<'p> World<'p> {
             self.space.set(self.places.show(&self.there));
         }
         let region = RamRegion::from_vm_memory(Arc::clone(self.places.region(n, other))).expect("pages");
-        let added = self.pinner.add_region(region);
+        let added = self.pinner().add_region(region);
         if was.is_some() {
             added.expect_err("something was there");
         } else if added.is_err() {
             // What went from here is still mapped.
-            assert!(self.pinner.counters().unmap_failures > 0, "{added:?}");
+            assert!(self.pinner().counters().unmap_failures > 0, "{added:?}");
             self.there[n] = None;
             self.space.set(self.places.show(&self.there));
         }
@@ -224,17 +262,17 @@ impl<'p> World<'p> {
 
     /// What holds at any time.
     pub(crate) fn check(&self) {
-        let extents: Vec<_> = (self.pinner.extents().iter())
+        let extents: Vec<_> = (self.pinner().extents().iter())
             .map(|extent| (extent.first.raw() * PAGE_SIZE, extent.pages * PAGE_SIZE))
             .collect();
         assert_eq!(extents, self.iommu.snapshot(), "the IOMMU's mappings are exactly the pin map's");
-        assert_eq!(self.pinner.mappings(), extents.len() as u64);
+        assert_eq!(self.pinner().mappings(), extents.len() as u64);
         let bytes: u64 = extents.iter().map(|(_, bytes)| bytes).sum();
-        assert_eq!(self.pinner.pinned_pages() * PAGE_SIZE, bytes);
-        let counters = self.pinner.counters();
-        assert_eq!(counters.pages_pinned - counters.pages_unpinned, self.pinner.pinned_pages());
+        assert_eq!(self.pinner().pinned_pages() * PAGE_SIZE, bytes);
+        let counters = self.pinner().counters();
+        assert_eq!(counters.pages_pinned - counters.pages_unpinned, self.pinner().pinned_pages());
         assert_eq!(counters.anomalies, 0, "nobody maps behind the pinner's back");
-        assert!(self.pinner.policy().quota.is_none_or(|quota| bytes <= quota));
+        assert!(self.pinner().policy().quota.is_none_or(|quota| bytes <= quota));
         for (iova, bytes) in extents {
             let is_ram = |n| {
                 let (start, len) = place(n);
@@ -250,8 +288,9 @@ impl<'p> World<'p> {
             + counters.requests_failed
             + counters.requests_refused
             + counters.requests_timed_out;
-        assert_eq!(ended + self.requests.len() as u64, self.begun, "each request is counted once");
-        assert!(self.pinner.overhead_bytes() <= MOST_OVERHEAD);
+        assert!(self.has_posted || ended + self.requests.len() as u64 == self.begun, "each request is counted once");
+        assert_eq!(self.service.failure(), None);
+        assert!(self.pinner().overhead_bytes() <= MOST_OVERHEAD);
     }
 
     /// What holds at the end: every request is answered, and nothing stays mapped.
@@ -260,8 +299,9 @@ impl<'p> World<'p> {
             self.serve_to_end(request);
             self.check();
         }
+        self.poll_to_end();
         self.iommu.inject_nothing();
-        self.pinner.deactivate(Drain::Reset).expect("nothing fails any more");
+        self.pinner().deactivate(Drain::Reset).expect("nothing fails any more");
         assert_eq!(self.iommu.mappings(), 0);
         self.check();
     }
