@@ -30,12 +30,18 @@ struct Tests {
     cases: u32,
 }
 
-const CRATES: [Tests; 3] = [
+const CRATES: [Tests; 4] = [
     Tests { name: "coiommu-dtt", quick: "--lib --test tables", full: "--lib --test tables", cases: 8 },
+    Tests {
+        name: "coiommu-pci",
+        quick: "--lib --test registers",
+        full: "--lib --test config --test registers",
+        cases: 8,
+    },
     Tests {
         name: "coiommu-pin",
         quick: "--lib --test meetings",
-        full: "--lib --test pinner --test meetings --test model --test faults",
+        full: "--lib --test pinner --test meetings --test workers --test model --test faults",
         cases: 2,
     },
     Tests {
