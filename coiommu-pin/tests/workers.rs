@@ -225,6 +225,18 @@ fn a_vcpu_without_a_slot_has_no_worker() {
     assert_eq!(error.to_string(), "vcpu 4 has no slot: there are 4");
 }
 
+#[test]
+fn a_slot_has_one_server_at_a_time() {
+    let guest = Guest::new("");
+    let server = guest.server([1, 2]);
+    let again = || SlotServer::new(Arc::clone(&guest.service), [0, 2]);
+    assert_eq!(again().unwrap_err().to_string(), "the slot of vcpu 2 is served by another worker");
+    let _other = guest.server([0, 3]);
+    drop(server);
+    assert_eq!(again().unwrap_err().to_string(), "the slot of vcpu 0 is served by another worker");
+    drop(guest.server([1, 2]));
+}
+
 /// Somebody's own event loop: doorbells, workers and whatever else there is, level-triggered, one piece at a time.
 #[test]
 #[cfg_attr(miri, ignore = "Miri has no timers as file descriptors")]

@@ -5,7 +5,6 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use coiommu_dtt::notify::NoSlot;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::events::Events;
@@ -37,10 +36,11 @@ impl<S: TableSpace, N: NotifyMap> PinWorker<S, N> {
     ///
     /// # Errors
     ///
-    /// A vCPU has no slot ([`NoSlot`], as invalid input), or the system has no file descriptor left.
+    /// A vCPU has no slot, or it has a worker already ([`SlotsError`](super::service::SlotsError), as invalid input), or the
+    /// system has no file descriptor left.
     pub fn new(service: Arc<Service<S, N>>, vcpus: impl IntoIterator<Item = usize>) -> io::Result<Self> {
-        let no_slot = |error: NoSlot| io::Error::new(io::ErrorKind::InvalidInput, error);
-        let server = SlotServer::new(service, vcpus).map_err(no_slot)?;
+        let invalid = |error| io::Error::new(io::ErrorKind::InvalidInput, error);
+        let server = SlotServer::new(service, vcpus).map_err(invalid)?;
         let events = Events::new(server.vcpus().count(), server.service().closing_fd())?;
         Ok(Self { server, events, window: Window::new(LOOK) })
     }

@@ -1,6 +1,7 @@
 //! What the workers of one guest share.
 
 use std::any::Any;
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -8,11 +9,28 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 
+use coiommu_dtt::notify::NoSlot;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::notify_map::NotifyMap;
 use crate::pinner::Pinner;
 use crate::space::TableSpace;
+use crate::sync::Mutex;
+
+/// Why slots cannot be served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SlotsError {
+    /// A vCPU has none.
+    #[error(transparent)]
+    None(#[from] NoSlot),
+    /// A vCPU's slot has a server already.
+    #[error("the slot of vcpu {vcpu} is served by another worker")]
+    Claimed {
+        /// The vCPU.
+        vcpu: usize,
+    },
+}
 
 /// One guest's pinner and slots, as its workers share them.
 ///
@@ -21,6 +39,8 @@ use crate::space::TableSpace;
 pub struct Service<S: TableSpace, N> {
     pinner: Pinner<S>,
     notify: N,
+    /// The vCPUs whose slots have a server. Held for one look.
+    served: Mutex<BTreeSet<usize>>,
     /// Requests are not served any more. Orders nothing: whoever sees it late serves a piece more.
     refuses: AtomicBool,
     failure: OnceLock<String>,
@@ -39,7 +59,7 @@ impl<S: TableSpace, N: NotifyMap> Service<S, N> {
     pub fn new(pinner: Pinner<S>, notify: N) -> io::Result<Self> {
         let closing = EventFd::new(EFD_NONBLOCK)?;
         let [refuses, is_closed] = [const { AtomicBool::new(false) }; 2];
-        Ok(Self { pinner, notify, refuses, failure: OnceLock::new(), is_closed, closing })
+        Ok(Self { pinner, notify, served: Mutex::default(), refuses, failure: OnceLock::new(), is_closed, closing })
     }
 
     /// The pinner: to be activated and deactivated, parked, told of RAM, and asked.
@@ -67,6 +87,26 @@ impl<S: TableSpace, N: NotifyMap> Service<S, N> {
     #[must_use]
     pub fn failure(&self) -> Option<&str> {
         self.failure.get().map(String::as_str)
+    }
+
+    /// A server claims its slots.
+    pub(super) fn claim(&self, vcpus: &BTreeSet<usize>) -> Result<(), SlotsError> {
+        let slots = self.notify.slots().len();
+        if let Some(&vcpu) = vcpus.last().filter(|&&vcpu| vcpu >= slots) {
+            return Err(SlotsError::None(NoSlot { vcpu, slots }));
+        }
+        let mut served = self.served.lock();
+        if let Some(&vcpu) = served.intersection(vcpus).next() {
+            return Err(SlotsError::Claimed { vcpu });
+        }
+        served.extend(vcpus);
+        Ok(())
+    }
+
+    /// A server gives its slots back.
+    pub(super) fn release(&self, vcpus: impl Iterator<Item = usize>) {
+        let mut served = self.served.lock();
+        vcpus.for_each(|vcpu| _ = served.remove(&vcpu));
     }
 
     /// Whether requests are answered without being served.

@@ -7,7 +7,7 @@ use coiommu_dtt::RequestWord;
 use coiommu_dtt::notify::{Answered, NoSlot};
 
 use super::Polled;
-use super::service::Service;
+use super::service::{Service, SlotsError};
 use crate::notify_map::NotifyMap;
 use crate::pinner::{Clock, Step};
 use crate::request::{PinRequest, Scratch};
@@ -16,8 +16,8 @@ use crate::space::TableSpace;
 /// Serves the slots of some vCPUs, and has one piece of one request in hand at a time: a long batch of one vCPU keeps the
 /// others waiting for a piece, not for all of it.
 ///
-/// It needs no thread and no file descriptor: [`PinWorker`](super::PinWorker) has those. Each slot belongs to one server:
-/// two for the same would serve the same request twice, which harms nobody.
+/// It needs no thread and no file descriptor: [`PinWorker`](super::PinWorker) has those. A slot has one server at a time:
+/// once a request is answered, the guest may free the table that a second one would still be writing to.
 pub struct SlotServer<S: TableSpace, N: NotifyMap> {
     service: Arc<Service<S, N>>,
     slots: Box<[Slot]>,
@@ -38,13 +38,10 @@ impl<S: TableSpace, N: NotifyMap> SlotServer<S, N> {
     ///
     /// # Errors
     ///
-    /// [`NoSlot`]: one of them has none.
-    pub fn new(service: Arc<Service<S, N>>, vcpus: impl IntoIterator<Item = usize>) -> Result<Self, NoSlot> {
+    /// [`SlotsError`]: one of them has none, or it is served by another.
+    pub fn new(service: Arc<Service<S, N>>, vcpus: impl IntoIterator<Item = usize>) -> Result<Self, SlotsError> {
         let vcpus = BTreeSet::from_iter(vcpus);
-        let slots = service.notify().slots().len();
-        if let Some(&vcpu) = vcpus.last().filter(|&&vcpu| vcpu >= slots) {
-            return Err(NoSlot { vcpu, slots });
-        }
+        service.claim(&vcpus)?;
         let slots = vcpus.into_iter().map(|vcpu| Slot { vcpu, request: None }).collect();
         Ok(Self { service, slots, scratch: Scratch::default(), next: 0 })
     }
@@ -150,6 +147,7 @@ impl<S: TableSpace, N: NotifyMap> SlotServer<S, N> {
 impl<S: TableSpace, N: NotifyMap> Drop for SlotServer<S, N> {
     fn drop(&mut self) {
         self.refuse();
+        self.service.release(self.vcpus());
     }
 }
 
