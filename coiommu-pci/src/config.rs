@@ -94,12 +94,13 @@ impl ConfigSpace {
         before != Bar::ALL.map(|bar| self.bar_address(bar))
     }
 
-    /// Where a region answers; `None` while the guest has memory space switched off. Any multiple of [`Bar::SIZE`]: while a
-    /// guest sizes a BAR, it may be the last one of the address space.
+    /// Where a region answers; `None` while the guest has memory space switched off, or has the region at 0, which is where
+    /// it is before it is placed. Any other multiple of [`Bar::SIZE`]: while a guest sizes a BAR, it may be the last one of
+    /// the address space.
     #[must_use]
     pub fn bar_address(&self, bar: Bar) -> Option<Gpa> {
         let address = u64::from_le_bytes(self.field(bar_at(bar))) & !(Bar::SIZE - 1);
-        self.command(command::MEMORY_SPACE).then_some(Gpa::new(address))
+        (address != 0 && self.command(command::MEMORY_SPACE)).then_some(Gpa::new(address))
     }
 
     /// Whether the guest has switched bus mastering on.

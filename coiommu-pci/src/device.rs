@@ -36,7 +36,8 @@ pub enum Outcome {
     },
     /// A region was moved, or all were switched on or off: see [`Device::bar_address`].
     MemorySpace,
-    /// As [`Deactivate`](Self::Deactivate), but the table may be anybody's memory by now, and is not written any more.
+    /// As [`Deactivate`](Self::Deactivate), but the table may be anybody's memory by now, and is not written any more. And as
+    /// [`MemorySpace`](Self::MemorySpace): the regions answer nowhere.
     Reset,
 }
 
@@ -133,7 +134,8 @@ impl Device {
         Outcome::Reset
     }
 
-    /// Where a region answers; `None` while the guest has memory space switched off.
+    /// Where a region answers; `None` while the guest has memory space switched off, or has not placed the region. It may
+    /// place it anywhere, over RAM too: whether that can be is for the VMM's bus to say.
     #[must_use]
     pub fn bar_address(&self, bar: Bar) -> Option<Gpa> {
         self.config.bar_address(bar)

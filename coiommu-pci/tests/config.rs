@@ -85,6 +85,7 @@ fn the_command_register_is_written_at_every_width() {
     let writes: [(usize, &[u8]); 4] = [(0x04, &[0xff]), (0x04, &[0xff, 0xff]), (0x04, &[0xff; 4]), (0x00, &[0xff; 8])];
     for (offset, data) in writes {
         let mut config = ConfigSpace::default();
+        assert!(!config.write(0x11, &[0xe0]), "a region is placed, but all are off");
         assert!(config.write(offset, data), "memory space was switched on");
         let mut command = [0; 4];
         config.read(0x04, &mut command);

@@ -61,6 +61,8 @@ counters! {
     unmap_calls,
     /// Those that failed.
     unmap_failures,
+    /// Drains after which something was still mapped.
+    drain_failures,
     /// Leaf entries that were looked at to find idle pages.
     leaves_looked_at,
     /// Times room was made.

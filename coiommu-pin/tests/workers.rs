@@ -2,6 +2,7 @@
 
 mod rig;
 
+use std::cell::Cell;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -11,10 +12,10 @@ use std::time::{Duration, Instant};
 
 use coiommu_dtt::guest::{GuestDtt, write_batch};
 use coiommu_dtt::{Bdf, Gpa, RequestWord};
-use coiommu_pin::pinner::{Drain, Hold, UnpinReport};
-use coiommu_pin::worker::reclaim::{UnpinError, Unpinned};
-use coiommu_pin::worker::team::TeamConfig;
-use coiommu_pin::worker::{PinWorker, Polled, ReclaimWorker, Service, SlotServer, Team};
+use coiommu_pin::pinner::{Clock, Drain, Hold, UnpinReport};
+use coiommu_pin::worker::{
+    PinWorker, Polled, ReclaimWorker, Service, SlotServer, Team, TeamConfig, UnpinError, Unpinned,
+};
 use coiommu_pin::{MapError, NotifyMap};
 use coiommu_vfio::{Call, SoftIommu};
 use rig::{PAGE, RAM, Rig, Space, TestClock, gfn};
@@ -172,6 +173,47 @@ fn what_makes_no_sense_is_answered() {
 }
 
 #[test]
+fn a_request_that_outlives_its_activation_does_not_answer_the_next() {
+    let guest = Guest::new("");
+    let mut server = guest.server([0]);
+    let bytes = (RAM[2].end - RAM[2].start) * PAGE;
+    guest.service.pinner().remove_region(Gpa::new(RAM[2].start * PAGE), bytes).unwrap();
+    guest.post(0, guest.page(1600));
+    assert_eq!(server.poll_once(&guest.clock), Polled::Wait);
+    // A crash kernel, which asks for the same page.
+    guest.service.pinner().activate(guest.dtt.dtt().root(), 4).unwrap();
+    let polled = server.poll_once(&guest.clock);
+    assert!(!guest.is_answered(0), "it waits for the RAM as the first one did: {polled:?}");
+    guest.clock.pass(Duration::from_secs(1));
+    while server.poll_once(&guest.clock) != Polled::Idle {}
+    assert!(guest.is_answered(0));
+}
+
+#[test]
+fn many_long_batches_at_once_do_not_keep_a_close_waiting() {
+    let guest = Guest::new("");
+    let mut server = guest.server(0..VCPUS);
+    let word = guest.batch(3 * 4096);
+    (0..VCPUS).for_each(|vcpu| guest.post(vcpu, word));
+    let hasty = Hasty(Cell::new(Duration::ZERO));
+    assert_eq!(server.poll_once(&hasty), Polled::More);
+    assert_eq!(server.in_service(), 1, "not the first piece of each");
+    guest.service.close();
+    assert_eq!(server.poll_once(&hasty), Polled::Closed);
+    assert_eq!(guest.are_answered(), [true; VCPUS]);
+}
+
+/// A clock by which each look takes 15 ms.
+struct Hasty(Cell<Duration>);
+
+impl Clock for Hasty {
+    fn now(&self) -> Duration {
+        self.0.set(self.0.get() + Duration::from_millis(15));
+        self.0.get()
+    }
+}
+
+#[test]
 fn a_panic_closes_the_service_and_answers_everything() {
     let guest = Guest::new("");
     let mut servers = [guest.server([0, 1]), guest.server([2, 3])];
@@ -241,7 +283,7 @@ fn a_slot_has_one_server_at_a_time() {
 #[test]
 #[cfg_attr(miri, ignore = "Miri has no timers as file descriptors")]
 fn workers_are_driven_by_somebody_elses_event_loop() {
-    let guest = Guest::new("");
+    let guest = Guest::new("unpin_policy=lru,unpin_interval=1");
     let mut pins = [0, 1].map(|first| PinWorker::new(Arc::clone(&guest.service), [first, first + 2]).unwrap());
     let mut reclaim = ReclaimWorker::new(Arc::clone(&guest.service)).unwrap();
     let epoll = Epoll::new().unwrap();
@@ -293,6 +335,11 @@ fn workers_are_driven_by_somebody_elses_event_loop() {
     let (report, hold) = from.try_recv().unwrap().unwrap();
     assert_eq!((report.released, hold.is_some()), (10, true));
 
+    let start = Instant::now();
+    while guest.service.pinner().pinned_pages() > 0 {
+        assert!(start.elapsed() < FOR_EVER, "nothing ticks");
+        go_on(&mut pins, &mut reclaim);
+    }
     guest.service.close();
     go_on(&mut pins, &mut reclaim);
     assert!(go_on(&mut pins, &mut reclaim).is_empty());
@@ -321,6 +368,24 @@ fn a_team_serves_until_it_is_stopped() {
         assert_eq!(guest.iommu.mappings(), 0);
         assert_eq!(reclaimer.unpin_and_wait(Gpa::new(0), PAGE).unwrap_err(), UnpinError::Ended);
     }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "Miri has no timers as file descriptors")]
+fn a_reply_that_panics_is_nobody_elses_trouble() {
+    let guest = Guest::new("");
+    let mut reclaim = ReclaimWorker::new(Arc::clone(&guest.service)).unwrap();
+    let (to, from) = mpsc::channel();
+    for _ in 0..2 {
+        reclaim.reclaimer().unpin(Gpa::new(0), PAGE, |_| panic!("who asked has gone"));
+    }
+    reclaim.reclaimer().unpin(Gpa::new(0), PAGE, reply_to(&to));
+    while reclaim.poll_once() == Polled::More {}
+    let _hold = released(from.try_recv().unwrap());
+    assert_eq!(guest.service.failure(), None);
+    reclaim.reclaimer().unpin(Gpa::new(0), PAGE, |_| panic!("who asked has gone"));
+    reclaim.reclaimer().unpin(Gpa::new(0), PAGE, |_| panic!("so has the next"));
+    drop(reclaim);
 }
 
 fn reply_to(replies: &mpsc::Sender<Unpinned>) -> impl FnOnce(Unpinned) + Send + 'static {
@@ -388,6 +453,56 @@ fn who_waits_for_an_unpark_keeps_no_other_waiting_and_a_panic_is_replied_to() {
     assert_eq!(guest.service.failure(), Some("the reclaim worker: no unmapping today"));
     guest.iommu.inject(|_| Some(MapError::Other(5)));
     guest.iommu.inject_nothing();
+}
+
+/// Processor time of this process, in ticks of the clock, of which there are a hundred a second.
+fn processor_time() -> u64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields = stat.rsplit(')').next().unwrap().split_whitespace();
+    fields.skip(11).take(2).map(|field| field.parse::<u64>().unwrap()).sum()
+}
+
+#[test]
+#[ignore = "measures its process: the test below runs it, alone"]
+fn idle_workers_alone() {
+    let guest = Guest::new("");
+    let team = Team::spawn(&guest.service, &TeamConfig::default()).unwrap();
+    for page in 0..100 {
+        guest.post(0, guest.page(page));
+        team.doorbell(0).unwrap().write(1).unwrap();
+        guest.wait_for_answer(0);
+    }
+    let before = processor_time();
+    thread::sleep(Duration::from_secs(2));
+    let used = processor_time() - before;
+    assert!(used < 20, "idle workers took {used} of 200 ticks");
+    team.stop(Drain::Deactivate).unwrap();
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "Miri runs no programs")]
+fn idle_workers_do_not_poll() {
+    let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
+    let status = alone.args(["--exact", "idle_workers_alone", "--ignored"]).status().unwrap();
+    assert!(status.success());
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "Miri has no timers as file descriptors")]
+fn workers_that_sleep_answer_after_anothers_panic() {
+    let guest = Guest::new("");
+    let mut config = TeamConfig::default();
+    config.pin_workers = 2.try_into().unwrap();
+    let team = Team::spawn(&guest.service, &config).unwrap();
+    guest.break_mapper();
+    for vcpu in [0, 1, 2, 3, 0, 1] {
+        guest.post(vcpu, guest.page(5));
+        team.doorbell(vcpu).unwrap().write(1).unwrap();
+        guest.wait_for_answer(vcpu);
+        assert!(guest.service.failure().is_some() && !guest.is_pinned(5));
+    }
+    guest.iommu.inject_nothing();
+    team.stop(Drain::Deactivate).unwrap();
 }
 
 #[test]

@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use coiommu_dtt::{Gfn, Gpa, PAGE_SIZE};
-use coiommu_pin::pinner::Drain;
 use coiommu_vfio::{DmaFault, SoftIommu};
 use driver::Driver;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -57,7 +56,6 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     driver.remove();
     println!("mappings after DEACTIVATE: {}", vmm.endpoint.iommu.mappings());
-    // The guest is gone.
-    vmm.drain(Drain::Reset);
-    Ok(())
+    vmm.reset();
+    Ok(vmm.shut_down()?)
 }

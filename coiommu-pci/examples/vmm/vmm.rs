@@ -5,9 +5,8 @@ use std::sync::{Arc, Mutex, RwLock};
 
 use coiommu_dtt::Bdf;
 use coiommu_pci::{Bar, Device, DeviceConfig, Doorbells, Outcome};
-use coiommu_pin::pinner::Drain;
-use coiommu_pin::worker::team::TeamConfig;
-use coiommu_pin::worker::{Service, Team};
+use coiommu_pin::pinner::{Drain, DrainError};
+use coiommu_pin::worker::{Service, Team, TeamConfig};
 use coiommu_pin::{DmaMapper, Pinner, PinnerConfig, Policy, RamRegion, SharedSlots};
 use coiommu_vfio::{DmaFault, SoftIommu};
 use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
@@ -88,7 +87,7 @@ impl Vmm {
             Outcome::Park => pinner.park(),
             Outcome::Unpark => pinner.unpark(),
             Outcome::Doorbell { vcpu } => self.ring(vcpu),
-            // Your bus maps BAR 2 at `device.bar_address(Bar::Notify)`, and traps the others at theirs.
+            // A reset moves them away, too. Your bus maps BAR 2 at `device.bar_address(Bar::Notify)`, and traps the others at theirs.
             Outcome::MemorySpace => {}
         }
     }
@@ -99,11 +98,23 @@ impl Vmm {
     }
 
     /// First no device can do DMA, then nothing is mapped for one.
-    pub(crate) fn drain(&self, drain: Drain) {
+    fn drain(&self, drain: Drain) {
         self.endpoint.stop();
-        if let Err(error) = self.team.service().pinner().deactivate(drain) {
-            eprintln!("{error}");
-        }
+        // If the IOMMU refused, the pinner has logged it; what is stuck keeps its memory.
+        let _nothing_left = self.team.service().pinner().deactivate(drain);
+    }
+
+    /// The guest's machine is reset.
+    pub(crate) fn reset(&self) {
+        let mut device = self.device.lock().unwrap();
+        let outcome = device.reset();
+        self.carry_out(outcome);
+    }
+
+    /// The guest is gone.
+    pub(crate) fn shut_down(&self) -> Result<(), DrainError> {
+        self.endpoint.stop();
+        self.team.stop(Drain::Reset)
     }
 }
 

@@ -179,6 +179,9 @@ fn a_guest_of_four_vcpus_is_served() {
     assert_eq!((vmm.endpoint.iommu.mappings(), pinner.pinned_pages()), (0, 0));
     assert_eq!(pinner.counters().pages_pinned, pinner.counters().pages_unpinned);
     assert!(vmm.endpoint.dma(|iommu| iommu.read(0, &mut [0])).is_err(), "its bus mastering is off");
+    assert_eq!(vmm.team.service().failure(), None);
+    vmm.reset();
+    vmm.shut_down().unwrap();
 }
 
 fn pause() -> bool {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -32,7 +32,11 @@ pub(crate) struct Host {
     bar2: Memory,
     dtt: GuestDtt,
     pages: Pages,
+    /// Memory and log lines are counted for the whole process.
+    _one_test_at_a_time: MutexGuard<'static, ()>,
 }
+
+static TESTS: Mutex<()> = Mutex::new(());
 
 struct Pages(AtomicU64);
 
@@ -51,6 +55,7 @@ fn region(at: u64, bytes: u64) -> Arc<GuestRegionMmap> {
 
 impl Host {
     pub(crate) fn new() -> Self {
+        let _one_test_at_a_time = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
         count_logs();
         let ram = region(0, RAM);
         let moving = region(MOVING.start * PAGE_SIZE, (MOVING.end - MOVING.start) * PAGE_SIZE);
@@ -59,7 +64,7 @@ impl Host {
         let vmm = Arc::new(Vmm::new(&ram, &memory, &bar2, "00:05.0".parse().unwrap(), VCPUS).unwrap());
         let pages = Pages(AtomicU64::new(TABLES));
         let dtt = GuestDtt::new(&*memory, &pages, Levels::new(4).unwrap(), 4).unwrap();
-        Self { vmm, memory, moving, is_there: Mutex::new(false), bar2, dtt, pages }
+        Self { vmm, memory, moving, is_there: Mutex::new(false), bar2, dtt, pages, _one_test_at_a_time }
     }
 
     pub(crate) fn command(&self, command: u64) {
@@ -99,12 +104,16 @@ impl Host {
         self.bar2.load(GuestAddress(8 * vcpu as u64), std::sync::atomic::Ordering::Acquire).unwrap()
     }
 
-    /// An honest request for a page; whether it is pinned.
-    pub(crate) fn pin(&self, vcpu: usize, page: u64) -> bool {
+    /// An honest map of a page; whether it is pinned. The count stays.
+    pub(crate) fn map(&self, vcpu: usize, page: u64) -> bool {
         let gfn = Gfn::new(page).unwrap();
-        self.dtt.leaf_table(&*self.memory, &self.pages, gfn).unwrap();
+        let _asked_anyway = self.dtt.map(&*self.memory, &self.pages, gfn).unwrap();
         self.ask(vcpu, RequestWord::page(gfn, "00:05.0".parse().unwrap()).unwrap().raw());
         self.dtt.is_pinned(&*self.memory, gfn).unwrap()
+    }
+
+    pub(crate) fn unmap(&self, page: u64) {
+        self.dtt.unmap(&*self.memory, Gfn::new(page).unwrap()).unwrap();
     }
 
     pub(crate) fn unpin(&self, page: u64, pages: u64) -> (UnpinReport, Option<Hold>) {

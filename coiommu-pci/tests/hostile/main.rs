@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use coiommu_dtt::PAGE_SIZE;
+use coiommu_pci::Bar;
 use fastrand::Rng;
 use host::{Host, MOVING, VCPUS, logged, resident};
 
@@ -23,20 +23,22 @@ const ANSWER: Duration = Duration::from_secs(10);
 fn parks_without_end_delay_a_forced_unpin_and_nothing_else() {
     let host = Host::new();
     host.activate_honestly();
-    assert!(host.pin(0, 0x900));
+    assert!(host.map(0, 0x900));
     let before = resident();
     for _ in 0..1 << 20 {
         host.command(2);
     }
+    host.unmap(0x900);
     let start = Instant::now();
     let (report, hold) = host.unpin(0x900, 1);
     assert_eq!((report.parked, hold.is_none()), (1, true));
     assert!(start.elapsed() < ANSWER);
-    assert!(host.pin(1, 0x901), "pins go on");
+    assert!(host.map(1, 0x901), "pins go on");
     host.command(0);
     assert_eq!(host.vmm.endpoint.iommu.mappings(), 0, "a drain ignores parks");
     host.activate_honestly();
-    assert!(host.pin(0, 0x900));
+    assert!(host.map(0, 0x900));
+    host.unmap(0x900);
     assert!(host.unpin(0x900, 1).0.may_be_taken(), "and ends them");
     assert!(resident() < before + (8 << 20));
 }
@@ -63,16 +65,17 @@ fn batches_that_cannot_be_are_answered() {
 fn tables_that_lead_nowhere_or_in_circles_pin_nothing() {
     let host = Host::new();
     const ROOT: u64 = 0x10_0000;
-    let nowhere = [ROOT, 0, 0x7000_0000, 0xf_ffff_ffff_f000, MOVING.start * PAGE_SIZE, ROOT + 8];
-    for entry in nowhere {
+    // Where there is nothing, and where there is something, but no table.
+    let entries = [(0, true), (0x7000_0000, true), (0xf_ffff_ffff_f000, true), (ROOT, false), (ROOT + 8, false)];
+    for (entry, is_nowhere) in entries {
         host.write(ROOT, &(entry | 1).to_le_bytes().repeat(512));
         host.activate(ROOT, 4);
         for page in [0x900, 0x1000, MOVING.start, 1 << 35] {
             host.ask(0, page << 16 | 0x28);
+            assert!(!is_nowhere || host.vmm.endpoint.iommu.mappings() == 0, "entries of {entry:#x}");
         }
         host.command(2);
         host.command(1);
-        assert!(host.unpin(0, 1 << 20).0.may_be_taken() || entry == ROOT || entry == MOVING.start * PAGE_SIZE);
         host.command(0);
         assert_eq!(host.vmm.endpoint.iommu.mappings(), 0, "entries of {entry:#x}");
     }
@@ -81,6 +84,23 @@ fn tables_that_lead_nowhere_or_in_circles_pin_nothing() {
         assert!(!host.vmm.team.service().pinner().is_active(), "{root:#x}, {levels} levels");
         host.ask(0, 0x900 << 16 | 0x28);
     }
+}
+
+/// Doorbells ring at their offsets, at every width, and nothing else does.
+#[test]
+fn doorbells_ring_where_they_are() {
+    let host = Host::new();
+    host.activate_honestly();
+    assert!(host.map(0, 0x900));
+    for width in [1, 2, 4, 8, 3] {
+        for offset in 0x18..Bar::SIZE {
+            host.vmm.write_bar0(offset, &[0xff; 8][..width]);
+        }
+    }
+    assert!(host.map(3, 0x901), "it goes on");
+    assert_eq!(host.vmm.team.service().failure(), None);
+    host.command(0);
+    assert_eq!(host.vmm.endpoint.iommu.mappings(), 0);
 }
 
 /// Everything at once: each vCPU writes what it likes into slots, tables, batches and registers, while the host takes pages

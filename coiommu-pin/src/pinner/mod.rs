@@ -201,10 +201,8 @@ impl<S: TableSpace> Pinner<S> {
     /// [`DttError`]: there is no table; nothing is in use then. It is counted, and told of ever more rarely.
     pub fn activate(&self, root: Gpa, levels: u64) -> Result<(), DttError> {
         let _one_at_a_time = self.changing_regions.write();
-        if let Err(error) = self.drain(Drain::Deactivate) {
-            // They stay in the pin map, which the new table is served from.
-            log::warn!("activated anew: {error}");
-        }
+        // What would not go stays in the pin map, which the new table is served from.
+        let _counted_and_told = self.drain(Drain::Deactivate);
         let dtt = Dtt::new(&*self.space.view(), root, levels).inspect_err(|error| {
             if let Some(all) = self.counts.activations_refused.add_and_tell(1) {
                 log::warn!("not activated: {error} ({all} such so far)");
@@ -236,7 +234,11 @@ impl<S: TableSpace> Pinner<S> {
         let mut pages = 0;
         self.each_block(|spot| pages += self.drain_block(spot.no, &mut spot.block.lock(), table));
         if pages > 0 {
-            return Err(DrainError { pages });
+            let error = DrainError { pages };
+            if let Some(all) = self.counts.drain_failures.add_and_tell(1) {
+                log::warn!("{error} ({all} such so far)");
+            }
+            return Err(error);
         }
         let gone = self.regions.write().let_all_go();
         drop(gone);
@@ -265,6 +267,11 @@ impl<S: TableSpace> Pinner<S> {
     #[must_use]
     pub const fn policy(&self) -> &Policy {
         &self.config.policy
+    }
+
+    /// How long a step may take.
+    pub(crate) const fn step_time(&self) -> Duration {
+        self.config.step_time
     }
 
     /// Pages mapped for the devices now, but for those of a step of a request that is under way.

@@ -2,16 +2,17 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
 /// Some bells, a timer, and the end of the service: as one file descriptor, readable when any of them is.
 pub(super) struct Events {
     epoll: Epoll,
-    bells: Vec<EventFd>,
+    bells: Vec<Arc<EventFd>>,
     timer: TimerFd,
 }
 
@@ -23,7 +24,7 @@ impl Events {
     /// So many bells; `closing` is readable when the service is closed, and stays so.
     pub(super) fn new(bells: usize, closing: RawFd) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        let bells = (0..bells).map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<Vec<_>>>()?;
+        let bells = (0..bells).map(|_| Ok(Arc::new(eventfd()?))).collect::<io::Result<Vec<_>>>()?;
         let timer = TimerFd::new()?;
         let add = |fd, id| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id));
         for (bell, id) in bells.iter().zip(0..) {
@@ -34,7 +35,7 @@ impl Events {
         Ok(Self { epoll, bells, timer })
     }
 
-    pub(super) fn bell(&self, at: usize) -> Option<&EventFd> {
+    pub(super) fn bell(&self, at: usize) -> Option<&Arc<EventFd>> {
         self.bells.get(at)
     }
 
@@ -52,7 +53,7 @@ impl Events {
                 TIMER => _ = self.timer.wait()?,
                 CLOSING => {}
                 // Silent already, if somebody else reads it.
-                at => _ = usize::try_from(at).ok().and_then(|at| self.bells.get(at)).map(EventFd::read),
+                at => _ = usize::try_from(at).ok().and_then(|at| self.bells.get(at)).map(|bell| bell.read()),
             }
         }
         Ok(())
@@ -60,9 +61,14 @@ impl Events {
 
     /// Is readable again after so long, whatever happens.
     pub(super) fn wake_after(&mut self, time: Duration) -> io::Result<()> {
-        // A timer set to 0 is switched off.
-        Ok(self.timer.reset(time.max(Duration::from_nanos(1)), None)?)
+        // A timer set to 0 is switched off; one that wakes too early does no harm.
+        Ok(self.timer.reset(time.clamp(Duration::from_nanos(1), Duration::from_hours(1)), None)?)
     }
+}
+
+/// One that nobody waits for when it is read, and that children do not get.
+pub(super) fn eventfd() -> io::Result<EventFd> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
 }
 
 impl AsRawFd for Events {

@@ -26,10 +26,11 @@ mod events;
 mod window;
 
 pub use pin::PinWorker;
-pub use reclaim::{ReclaimWorker, Reclaimer};
-pub use service::Service;
+pub use reclaim::{ReclaimWorker, Reclaimer, UnpinError, Unpinned};
+pub use service::{Service, SlotsError};
 pub use slots::SlotServer;
-pub use team::Team;
+pub use team::{Team, TeamConfig};
+pub use vmm_sys_util;
 
 /// What a worker has come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -55,6 +55,10 @@ impl<S: TableSpace, N: NotifyMap> PinWorker<S, N> {
     /// worker does not serve it.
     #[must_use]
     pub fn doorbell(&self, vcpu: usize) -> Option<&EventFd> {
+        self.shared_doorbell(vcpu).map(Arc::as_ref)
+    }
+
+    pub(super) fn shared_doorbell(&self, vcpu: usize) -> Option<&Arc<EventFd>> {
         self.events.bell(self.server.vcpus().position(|served| served == vcpu)?)
     }
 
@@ -68,8 +72,8 @@ impl<S: TableSpace, N: NotifyMap> PinWorker<S, N> {
         self.server.poll_once(&SystemClock)
     }
 
-    /// Serves a piece: to be called whenever the worker is readable, which it is until there is nothing left to do. Takes
-    /// no longer than a piece of each slot.
+    /// Serves a piece or some: to be called whenever the worker is readable, which it is until there is nothing left to do.
+    /// Takes as long as [`SlotServer::poll_once`].
     ///
     /// # Errors
     ///

@@ -3,6 +3,7 @@
 use std::io;
 use std::num::NonZeroU64;
 use std::os::fd::{AsRawFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
@@ -22,8 +23,6 @@ use crate::space::TableSpace;
 const MOST_WAITING: usize = 64;
 /// How many are worked on at a time.
 const MOST_RUNNING: usize = 16;
-/// How many pages a tick takes back before requests are looked at again.
-const TICK_PAGES: u64 = 4096;
 /// How long a request that waits for an unpark waits between two looks.
 const MOMENT: Duration = Duration::from_millis(1);
 
@@ -47,22 +46,25 @@ pub enum UnpinError {
 struct Ask {
     gpa: Gpa,
     bytes: u64,
+    /// When it was asked: its time runs from then.
+    at: Duration,
     reply: Option<Box<dyn FnOnce(Unpinned) + Send>>,
 }
 
 impl Ask {
-    fn reply(mut self, unpinned: Unpinned) {
-        if let Some(reply) = self.reply.take() {
-            reply(unpinned);
+    /// The first time it is called, that is.
+    fn reply(&mut self, unpinned: Unpinned) {
+        let Some(reply) = self.reply.take() else { return };
+        // Who asked is not the guest, and its troubles are not to be the guest's.
+        if catch_unwind(AssertUnwindSafe(|| reply(unpinned))).is_err() {
+            log::error!("the reply to a request to unpin {} ended in a panic", self.gpa);
         }
     }
 }
 
 impl Drop for Ask {
     fn drop(&mut self) {
-        if let Some(reply) = self.reply.take() {
-            reply(Err(UnpinError::Ended));
-        }
+        self.reply(Err(UnpinError::Ended));
     }
 }
 
@@ -75,7 +77,7 @@ pub struct Reclaimer(Arc<Queue>);
 struct Queue {
     to: Sender<Ask>,
     from: Receiver<Ask>,
-    bell: EventFd,
+    bell: Arc<EventFd>,
     /// Nobody takes any more. Sequentially consistent, as the queue is: whoever queues looks at this after, and the worker
     /// sets it before it empties the queue for the last time, so one of the two finds what is queued.
     has_ended: AtomicBool,
@@ -101,14 +103,14 @@ impl std::fmt::Debug for Ask {
 
 impl Reclaimer {
     /// Asks for a range to be unpinned, as its memory is about to be taken. `reply` is called once, with what came of it, by
-    /// the worker or here; it should not take long.
+    /// the worker or here; it should not take long, and must not wait for another reply.
     pub fn unpin(&self, gpa: Gpa, bytes: u64, reply: impl FnOnce(Unpinned) + Send + 'static) {
-        let ask = Ask { gpa, bytes, reply: Some(Box::new(reply)) };
+        let ask = Ask { gpa, bytes, at: SystemClock.now(), reply: Some(Box::new(reply)) };
         let Self(queue) = self;
         match queue.to.try_send(ask) {
             // It fails only if it rings already.
             Ok(()) => _ = queue.bell.write(1),
-            Err(TrySendError::Full(ask)) => ask.reply(Err(UnpinError::TooMany)),
+            Err(TrySendError::Full(mut ask)) => ask.reply(Err(UnpinError::TooMany)),
             Err(TrySendError::Disconnected(ask)) => drop(ask),
         }
         if queue.has_ended.load(SeqCst) {
@@ -116,7 +118,7 @@ impl Reclaimer {
         }
     }
 
-    /// The same, and waits for the reply.
+    /// The same, and waits for the reply. Not for the thread that the worker runs in.
     ///
     /// # Errors
     ///
@@ -137,13 +139,11 @@ pub struct ReclaimWorker<S: TableSpace, N: NotifyMap> {
     events: Events,
 }
 
-/// When the next tick is due, and what is left of one that is under way.
+/// When the next tick is due.
 #[derive(Debug)]
 struct Ticks {
     interval: Duration,
     next: Duration,
-    /// Pages that this tick may still take; `None`: none is under way.
-    left: Option<u64>,
 }
 
 impl<S: TableSpace, N: NotifyMap> ReclaimWorker<S, N> {
@@ -153,14 +153,15 @@ impl<S: TableSpace, N: NotifyMap> ReclaimWorker<S, N> {
     ///
     /// The system has no file descriptor left.
     pub fn new(service: Arc<Service<S, N>>) -> io::Result<Self> {
-        let events = Events::new(1, service.closing_fd())?;
-        let bell = events.bell(0).map(EventFd::try_clone).transpose()?;
-        let (bell, (to, from)) = (bell.ok_or(io::ErrorKind::NotFound)?, bounded(MOST_WAITING));
+        let mut events = Events::new(1, service.closing_fd())?;
+        let bell = events.bell(0).map(Arc::clone).ok_or(io::ErrorKind::NotFound)?;
+        let (to, from) = bounded(MOST_WAITING);
         let queue = Arc::new(Queue { to, from, bell, has_ended: AtomicBool::new(false) });
         let interval = service.pinner().policy().tick_interval();
-        let ticks = interval.map(|interval| Ticks { interval, next: SystemClock.now() + interval, left: None });
-        let running = Vec::with_capacity(MOST_RUNNING);
-        Ok(Self { service, queue, running, ticks, events })
+        let ticks = interval.map(|interval| Ticks { interval, next: SystemClock.now().saturating_add(interval) });
+        // In somebody else's event loop, nothing else calls for the first one.
+        interval.map_or(Ok(()), |interval| events.wake_after(interval))?;
+        Ok(Self { service, queue, running: Vec::new(), ticks, events })
     }
 
     /// By which it is asked.
@@ -231,10 +232,10 @@ impl<S: TableSpace, N: NotifyMap> ReclaimWorker<S, N> {
         let mut polled = Polled::Idle;
         while self.running.len() < MOST_RUNNING {
             let Ok(ask) = self.queue.from.try_recv() else { break };
-            let unpin = self.service.pinner().begin_unpin(ask.gpa, ask.bytes, clock);
+            let unpin = self.service.pinner().begin_unpin(ask.gpa, ask.bytes, &ask.at);
             self.running.push((unpin, ask));
         }
-        for (unpin, ask) in std::mem::take(&mut self.running) {
+        for (unpin, mut ask) in std::mem::take(&mut self.running) {
             match self.service.pinner().step_unpin(unpin, clock) {
                 UnpinStep::Done(report, hold) => {
                     ask.reply(Ok((report, hold)));
@@ -250,23 +251,16 @@ impl<S: TableSpace, N: NotifyMap> ReclaimWorker<S, N> {
                 }
             }
         }
-        if self.tick(clock.now()) { Polled::More } else { polled }
+        self.tick(clock.now());
+        polled
     }
 
-    /// Goes on with a tick, if one is due; whether there is more of it.
-    fn tick(&mut self, now: Duration) -> bool {
-        let Some(ticks) = &mut self.ticks else { return false };
-        if ticks.left.is_none() && now >= ticks.next {
-            ticks.left = Some(self.service.pinner().policy().unpin_limit.map_or(u64::MAX, NonZeroU64::get));
-            // From now, not from when it was due: those that were missed are not made up for.
-            ticks.next = now + ticks.interval;
-        }
-        let Some(left) = ticks.left else { return false };
-        let budget = left.min(TICK_PAGES);
-        let taken = self.service.pinner().tick(Some(budget)).unpinned_pages;
-        // It took less than it might: nothing is left to be taken.
-        ticks.left = left.checked_sub(taken).filter(|&left| left > 0 && taken >= budget);
-        ticks.left.is_some()
+    /// Ticks, if it is time to. In one piece: a second part would find idle what the first has aged.
+    fn tick(&mut self, now: Duration) {
+        let Some(ticks) = self.ticks.as_mut().filter(|ticks| now >= ticks.next) else { return };
+        // From now, not from when it was due: those that were missed are not made up for.
+        ticks.next = now.saturating_add(ticks.interval);
+        self.service.pinner().tick(self.service.pinner().policy().unpin_limit.map(NonZeroU64::get));
     }
 }
 

@@ -10,8 +10,9 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 
 use coiommu_dtt::notify::NoSlot;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
+use super::events::eventfd;
 use crate::notify_map::NotifyMap;
 use crate::pinner::Pinner;
 use crate::space::TableSpace;
@@ -34,8 +35,8 @@ pub enum SlotsError {
 
 /// One guest's pinner and slots, as its workers share them.
 ///
-/// It serves until it is [closed](Self::close) or a worker panics. From then on, requests are answered and nothing else is
-/// done for them; once it is closed, the workers end as well.
+/// It serves until it is told to [refuse](Self::refuse), or a worker panics. From then on, requests are answered and nothing
+/// else is done for them. Once it is [closed](Self::close), the workers end as well.
 pub struct Service<S: TableSpace, N> {
     pinner: Pinner<S>,
     notify: N,
@@ -57,7 +58,7 @@ impl<S: TableSpace, N: NotifyMap> Service<S, N> {
     ///
     /// The system has no eventfd left.
     pub fn new(pinner: Pinner<S>, notify: N) -> io::Result<Self> {
-        let closing = EventFd::new(EFD_NONBLOCK)?;
+        let closing = eventfd()?;
         let [refuses, is_closed] = [const { AtomicBool::new(false) }; 2];
         Ok(Self { pinner, notify, served: Mutex::default(), refuses, failure: OnceLock::new(), is_closed, closing })
     }
@@ -74,10 +75,15 @@ impl<S: TableSpace, N: NotifyMap> Service<S, N> {
         &self.notify
     }
 
-    /// Serves no more requests: those in service end with their piece, they and all that come are answered, and the
-    /// workers end. For good; what is pinned stays until the pinner is deactivated.
-    pub fn close(&self) {
+    /// Serves no more requests, for good: those in service end with their piece, they and all that come are answered. What is
+    /// pinned stays until the pinner is deactivated.
+    pub fn refuse(&self) {
         self.refuses.store(true, Relaxed);
+    }
+
+    /// Refuses, and the workers end once they have answered what is there.
+    pub fn close(&self) {
+        self.refuse();
         self.is_closed.store(true, Relaxed);
         // It fails only if it was written 2^64 - 2 times, and then it is readable.
         let _full = self.closing.write(1);
@@ -128,17 +134,22 @@ impl<S: TableSpace, N: NotifyMap> Service<S, N> {
     pub(super) fn guard<T>(&self, worker: &str, work: impl FnOnce() -> T) -> Option<T> {
         // What a panic leaves half done is behind locks that are taken all the same, for draining; and nothing is pinned
         // any more.
-        catch_unwind(AssertUnwindSafe(work)).map_err(|panic| self.fail(worker, &*panic)).ok()
+        catch_unwind(AssertUnwindSafe(work)).map_err(|panic| self.fail(worker, said(&*panic))).ok()
     }
 
-    fn fail(&self, worker: &str, panic: &(dyn Any + Send)) {
-        let said = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-        let failure = format!("{worker}: {}", said.unwrap_or("a panic without words"));
-        if self.failure.set(failure).is_ok() {
+    /// A worker cannot go on.
+    pub(super) fn fail(&self, worker: &str, why: &str) {
+        if self.failure.set(format!("{worker}: {why}")).is_ok() {
             log::error!("{}; nothing more is pinned for this guest", self.failure().unwrap_or_default());
         }
-        self.refuses.store(true, Relaxed);
+        self.refuse();
     }
+}
+
+/// The words of a panic.
+fn said(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without words")
 }
 
 impl<S: TableSpace, N> std::fmt::Debug for Service<S, N> {

@@ -9,8 +9,8 @@ use coiommu_dtt::notify::{Answered, NoSlot};
 use super::Polled;
 use super::service::{Service, SlotsError};
 use crate::notify_map::NotifyMap;
-use crate::pinner::{Clock, Step};
-use crate::request::{PinRequest, Scratch};
+use crate::pinner::{Clock, PinResult, Step};
+use crate::request::{PinRequest, Refusal, Scratch};
 use crate::space::TableSpace;
 
 /// Serves the slots of some vCPUs, and has one piece of one request in hand at a time: a long batch of one vCPU keeps the
@@ -24,6 +24,8 @@ pub struct SlotServer<S: TableSpace, N: NotifyMap> {
     scratch: Scratch,
     /// Which slot's request comes next, of those in service.
     next: usize,
+    /// Which slot is looked at first for a new one.
+    first: usize,
 }
 
 /// A vCPU's slot, and the request that was taken from it, until it is answered.
@@ -43,7 +45,7 @@ impl<S: TableSpace, N: NotifyMap> SlotServer<S, N> {
         let vcpus = BTreeSet::from_iter(vcpus);
         service.claim(&vcpus)?;
         let slots = vcpus.into_iter().map(|vcpu| Slot { vcpu, request: None }).collect();
-        Ok(Self { service, slots, scratch: Scratch::default(), next: 0 })
+        Ok(Self { service, slots, scratch: Scratch::default(), next: 0, first: 0 })
     }
 
     /// The vCPUs whose slots it serves, in ascending order.
@@ -58,7 +60,8 @@ impl<S: TableSpace, N: NotifyMap> SlotServer<S, N> {
     }
 
     /// Serves another piece of a request that takes longer, one of them in turn, and then, looking at every slot, the first
-    /// piece of each new one. Waits for nothing but map calls.
+    /// piece of each new one, for [`step_time`](crate::PinnerConfig::step_time) and one piece at most. Waits for nothing but
+    /// map calls; and, where there is no room, for some to be made.
     pub fn poll_once(&mut self, clock: &dyn Clock) -> Polled {
         if !self.service.refuses() {
             let service = Arc::clone(&self.service);
@@ -68,6 +71,12 @@ impl<S: TableSpace, N: NotifyMap> SlotServer<S, N> {
         }
         self.refuse();
         if self.service.is_closed() { Polled::Closed } else { Polled::Idle }
+    }
+
+    /// How many requests are in service: taken, and not answered yet.
+    #[must_use]
+    pub fn in_service(&self) -> usize {
+        self.slots.iter().filter(|slot| slot.request.is_some()).count()
     }
 
     /// Whether a slot has something in it that is not in service: cheaper than to look and serve.
@@ -88,9 +97,16 @@ impl<S: TableSpace, N: NotifyMap> SlotServer<S, N> {
                 break;
             }
         }
-        // After a piece, the first one of all that are new.
-        for at in 0..self.slots.len() {
-            polled = polled.max(self.take(at, clock));
+        // After a piece, the first one of all that are new, or of as many as there is time for.
+        let end = clock.now().saturating_add(self.service.pinner().step_time());
+        for n in 0..self.slots.len() {
+            let at = (self.first + n) % self.slots.len();
+            let taken = self.take(at, clock);
+            polled = polled.max(taken);
+            if taken > Polled::Idle && (self.service.refuses() || clock.now() >= end) {
+                self.first = at + 1;
+                return Polled::More;
+            }
         }
         polled
     }
@@ -118,6 +134,11 @@ impl<S: TableSpace, N: NotifyMap> SlotServer<S, N> {
         match self.service.pinner().step(request, &mut self.scratch, clock) {
             Step::Wait => Polled::Wait,
             Step::More => Polled::More,
+            // Deactivated meanwhile. What is in the slot may be the next guest's, in the same words: it is taken afresh.
+            Step::Done(PinResult::Refused(Refusal::NotActive)) => {
+                self.slots[at].request = None;
+                Polled::More
+            }
             Step::Done(_told_by_pinned) => {
                 let word = request.word();
                 self.slots[at].request = None;

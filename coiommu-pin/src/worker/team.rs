@@ -13,6 +13,7 @@ use super::{PinWorker, ReclaimWorker, Reclaimer, Service};
 use crate::notify_map::NotifyMap;
 use crate::pinner::{Drain, DrainError};
 use crate::space::TableSpace;
+use crate::sync::Mutex;
 
 /// How a team is made up.
 #[derive(Clone, Debug)]
@@ -35,9 +36,10 @@ impl Default for TeamConfig {
 pub struct Team<S: TableSpace, N: NotifyMap> {
     service: Arc<Service<S, N>>,
     /// By vCPU.
-    doorbells: Vec<EventFd>,
+    doorbells: Vec<Arc<EventFd>>,
     reclaimer: Reclaimer,
-    threads: Vec<JoinHandle<io::Result<()>>>,
+    /// Those that have not been waited for. Held while they are.
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl<S, N> Team<S, N>
@@ -45,35 +47,42 @@ where
     S: TableSpace + 'static,
     N: NotifyMap + 'static,
 {
-    /// Starts the threads.
+    /// Starts the threads. It takes a file descriptor a vCPU and a few more: mind the limit of open files.
     ///
     /// # Errors
     ///
-    /// The system has no threads or file descriptors left. The service is closed then.
+    /// The system has no threads or file descriptors left, or a slot has a worker already
+    /// ([`SlotsError`](super::service::SlotsError), as invalid input). If some threads were started, the service is closed
+    /// then, and they end.
     pub fn spawn(service: &Arc<Service<S, N>>, config: &TeamConfig) -> io::Result<Self> {
         let vcpus = service.notify().slots().len();
-        let reclaim = ReclaimWorker::new(Arc::clone(service))?;
-        let (reclaimer, threads) = (reclaim.reclaimer(), Vec::new());
-        // From here on, whatever fails, those that were started end as it is dropped.
-        let mut team = Self { service: Arc::clone(service), doorbells: Vec::new(), reclaimer, threads };
+        let mut reclaim = ReclaimWorker::new(Arc::clone(service))?;
         let count = config.pin_workers.get().min(vcpus.max(1));
         let shares = (0..count).map(|share| (share..vcpus).step_by(count));
         let workers = shares.map(|share| Ok(PinWorker::new(Arc::clone(service), share)?.with_look(config.look)));
         let workers = workers.collect::<io::Result<Vec<_>>>()?;
-        for vcpu in 0..vcpus {
-            let doorbell = workers.iter().find_map(|worker| worker.doorbell(vcpu));
-            team.doorbells.extend(doorbell.map(EventFd::try_clone).transpose()?);
-        }
+        let doorbell = |vcpu| workers.iter().find_map(|worker| worker.shared_doorbell(vcpu)).map(Arc::clone);
+        let team = Self {
+            service: Arc::clone(service),
+            doorbells: (0..vcpus).filter_map(doorbell).collect(),
+            reclaimer: reclaim.reclaimer(),
+            threads: Mutex::default(),
+        };
+        // From here on, whatever fails, those that were started end as the team is dropped.
         for (mut worker, number) in workers.into_iter().zip(0..) {
-            team.start(&format!("coiommu-pin-{number}"), move || worker.run())?;
+            team.start(format!("coiommu-pin-{number}"), move || worker.run())?;
         }
-        let mut reclaim = reclaim;
-        team.start("coiommu-reclaim", move || reclaim.run())?;
+        team.start("coiommu-reclaim".into(), move || reclaim.run())?;
         Ok(team)
     }
 
-    fn start(&mut self, name: &str, work: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
-        self.threads.push(thread::Builder::new().name(name.into()).spawn(work)?);
+    fn start(&self, name: String, run: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
+        let (service, worker) = (Arc::clone(&self.service), name.clone());
+        let work = move || {
+            // Its slots have nobody any more; with the others, everything is refused.
+            run().unwrap_or_else(|error| service.fail(&worker, &error.to_string()));
+        };
+        self.threads.lock().push(thread::Builder::new().name(name).spawn(work)?);
         Ok(())
     }
 }
@@ -82,7 +91,7 @@ impl<S: TableSpace, N: NotifyMap> Team<S, N> {
     /// The doorbell of a vCPU, for an ioeventfd or to be written to; `None` if there is no such vCPU.
     #[must_use]
     pub fn doorbell(&self, vcpu: usize) -> Option<&EventFd> {
-        self.doorbells.get(vcpu)
+        self.doorbells.get(vcpu).map(Arc::as_ref)
     }
 
     /// By which ranges are unpinned.
@@ -97,26 +106,24 @@ impl<S: TableSpace, N: NotifyMap> Team<S, N> {
         &self.service
     }
 
-    /// Ends it all, in this order: no more requests are served, all are answered, the threads end, everything is drained.
-    /// The caller has switched off the endpoints' bus mastering.
+    /// Ends it all, in this order: no more requests are served, and everything is drained, while requests are still
+    /// answered; then the threads end. The caller has switched off the endpoints' bus mastering.
     ///
     /// # Errors
     ///
     /// [`DrainError`] if the mapper refused to unmap something.
-    pub fn stop(mut self, drain: Drain) -> Result<(), DrainError> {
+    pub fn stop(&self, drain: Drain) -> Result<(), DrainError> {
+        self.service.refuse();
+        let drained = self.service.pinner().deactivate(drain);
         self.end_threads();
-        self.service.pinner().deactivate(drain)
+        drained
     }
 
-    fn end_threads(&mut self) {
+    fn end_threads(&self) {
         self.service.close();
-        for thread in self.threads.drain(..) {
-            match thread.join() {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => log::error!("a worker could not wait for events: {error}"),
-                // They catch what happens in their work.
-                Err(_panic) => log::error!("a worker's thread ended in a panic"),
-            }
+        for thread in self.threads.lock().drain(..) {
+            // They catch what happens in their work.
+            thread.join().unwrap_or_else(|_panic| log::error!("a worker's thread ended in a panic"));
         }
     }
 }

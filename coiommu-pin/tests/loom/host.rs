@@ -217,6 +217,7 @@ impl Host {
         assert_eq!(extents, self.iommu.mappings(), "the IOMMU has what the books have");
         assert_eq!(self.pinner().mappings(), extents.len() as u64);
         assert_eq!(self.pinner().counters().anomalies, 0);
+        assert_eq!(self.service.failure(), None);
     }
 
     fn has_table(&self, page: u64) -> bool {

@@ -30,10 +30,9 @@ fn dma_by_slot(host: &Host, vcpu: usize, page: u64) {
         host.service.notify().slots().post(vcpu, host.word(missing)).unwrap();
         wait_for_answer(host, vcpu);
     };
-    if host.map_by(&[page], ask) {
-        host.iommu.access(page);
-        host.unmap(&[page]);
-    }
+    assert!(host.map_by(&[page], ask), "nothing refuses it");
+    host.iommu.access(page);
+    host.unmap(&[page]);
 }
 
 /// At most 3 preemptions: both sides wait for each other by looking again and again.
@@ -87,16 +86,11 @@ fn a_request_in_the_place_of_another_is_answered() {
 fn what_is_asked_as_the_service_closes_is_answered() {
     check(Some(3), || {
         let host = Host::new("", &[0]).with_ram(0..4);
-        host.service.notify().slots().post(0, host.word(&[0])).unwrap();
-        together(
-            host,
-            [
-                |host| serve(host, &[0]),
-                |host| {
-                    host.service.close();
-                    wait_for_answer(host, 0);
-                },
-            ],
-        );
+        let guest = |host: &Host| {
+            host.service.notify().slots().post(0, host.word(&[0])).unwrap();
+            host.service.close();
+            wait_for_answer(host, 0);
+        };
+        together(host, [|host| serve(host, &[0]), guest]);
     });
 }
