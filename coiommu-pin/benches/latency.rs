@@ -47,12 +47,19 @@ fn main() {
     print("eventfd to epoll, 300 µs apart", &floor(REST));
     print("eventfd to epoll, one after the other", &floor(Duration::ZERO));
     for (look, how) in [(TeamConfig::default().look, "polling"), (Duration::ZERO, "no polling")] {
-        print(&format!("one page, 300 µs apart, {how}"), &singles(bed, look, REST));
+        let idle = singles(bed, look, REST);
+        print(&format!("one page, 300 µs apart, {how}"), &idle);
         print(&format!("one page after the other, {how}"), &singles(bed, look, Duration::ZERO));
+        let busy = beside_batches(bed, look);
+        print(&format!("one page beside batches of 100,000, {how}"), &busy);
+        let bound = 3 * p99(&idle) + piece;
+        let verdict = if p99(&busy) <= bound { "ok" } else { "MORE THAN THAT" };
+        println!("    p99 at most 3 times that of the first, and a piece: {:.1}: {verdict}", micros(bound));
     }
-    for (look, how) in [(TeamConfig::default().look, "polling"), (Duration::ZERO, "no polling")] {
-        print(&format!("one page beside batches of 100,000, {how}"), &beside_batches(bed, look));
-    }
+}
+
+fn p99(nanos: &Histogram<u64>) -> Duration {
+    Duration::from_nanos(nanos.value_at_quantile(0.99))
 }
 
 fn print(what: &str, nanos: &Histogram<u64>) {

@@ -19,11 +19,12 @@ pub(crate) struct Driver {
     /// Guest memory, and BAR 2, which the VMM has mapped into the guest.
     pub(crate) memory: Memory,
     bar2: SharedSlots<GuestMemoryMmap>,
-    table: GuestDtt,
+    pub(crate) table: GuestDtt,
     table_pages: TablePagesInOrder,
     nic: Bdf,
-    /// How often the host was asked.
+    /// How often the host was asked, and for how many pages in all.
     pub(crate) requests: AtomicU64,
+    pub(crate) pages_asked: AtomicU64,
 }
 
 /// Pages for tables and batches, from 1 MiB up. A real driver asks its kernel.
@@ -66,6 +67,7 @@ impl Driver {
             table_pages,
             nic,
             requests: AtomicU64::new(0),
+            pages_asked: AtomicU64::new(0),
         })
     }
 
@@ -106,6 +108,7 @@ impl Driver {
         };
         let slots = self.bar2.slots();
         self.requests.fetch_add(1, Ordering::Relaxed);
+        self.pages_asked.fetch_add(pages.len() as u64, Ordering::Relaxed);
         slots.post(vcpu, request)?;
         self.vmm.write_bar0(0x18 + vcpu as u64, &[1]);
         while !slots.is_answered(vcpu)? {

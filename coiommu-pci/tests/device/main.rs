@@ -135,6 +135,7 @@ impl Guest {
         );
         assert!([granted, accesses, taken, parks].iter().all(|&n| n > 0));
         assert_eq!(counters.requests_pinned + counters.requests_failed, self.driver.requests.load(Relaxed));
+        assert_eq!(counters.pages_asked, self.driver.pages_asked.load(Relaxed));
         // Some failed, but when the guest looked, another vCPU had got the page.
         assert!(counters.requests_failed >= denied);
         assert_eq!((counters.requests_refused, counters.requests_timed_out, counters.anomalies), (0, 0, 0));
@@ -143,8 +144,19 @@ impl Guest {
             let Counters { pages_unpinned, pages_unpinned_idle, pages_unpinned_forced, .. } = pinner.counters();
             pages_unpinned == pages_unpinned_idle + pages_unpinned_forced
         };
-        // A tick may be in the middle of counting.
+        // A tick may be in the middle of it.
         assert!((0..1000).any(|_| unpinned_adds_up() || pause()), "{:?}", pinner.counters());
+        let is_pinned = |&page: &u64| {
+            let leaf = self.driver.table.is_pinned(&*self.memory, Gfn::new(page).unwrap());
+            leaf.is_ok_and(|is_pinned| is_pinned)
+        };
+        let iommu = &self.vmm.endpoint.iommu;
+        let sides_agree = || {
+            let pinned = BUFFERS.filter(is_pinned).count() as u64;
+            let mapped = iommu.mapped_bytes_in(0, RAM as u64) / PAGE_SIZE;
+            (pinned, pinned) == (mapped, pinner.pinned_pages())
+        };
+        assert!((0..1000).any(|_| sides_agree() || pause()), "guest, pinner and IOMMU do not agree");
     }
 }
 
