@@ -9,7 +9,7 @@ use coiommu_dtt::leaf::Mapped;
 use coiommu_dtt::{Bdf, Gfn, Gpa, Levels, PAGE_SIZE, RequestWord};
 use coiommu_pci::Bar;
 use coiommu_pin::{NotifyMap, SharedSlots};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::vmm::{Memory, Vmm};
 
@@ -45,7 +45,12 @@ impl TablePages for TablePagesInOrder {
 
 impl Driver {
     /// Finds its endpoint, builds a table, and switches the device on.
-    pub(crate) fn probe(vmm: &Arc<Vmm>, memory: &Memory, bar2: &Memory, vcpus: usize) -> Result<Self, Box<dyn Error>> {
+    pub(crate) fn probe(
+        vmm: &Arc<Vmm>,
+        memory: &Memory,
+        bar2: &Arc<GuestMemoryMmap>,
+        vcpus: usize,
+    ) -> Result<Self, Box<dyn Error>> {
         // Memory space on.
         vmm.write_config(0x04, &0b010_u16.to_le_bytes());
         let mut topology = [0; 4];
@@ -53,7 +58,7 @@ impl Driver {
         let [1, 0, low, high] = topology else { return Err("there is one endpoint".into()) };
         let nic = Bdf::new(u16::from_le_bytes([low, high])).ok_or("no endpoint")?;
         let table_pages = TablePagesInOrder(AtomicU64::new(TABLES));
-        let table = GuestDtt::new(&**memory, &table_pages, Levels::new(4)?, u16::try_from(vcpus)?)?;
+        let table = GuestDtt::new(&*memory.memory(), &table_pages, Levels::new(4)?, u16::try_from(vcpus)?)?;
         // Root, levels, ACTIVATE.
         vmm.write_bar0(0x00, &table.dtt().root().raw().to_le_bytes());
         vmm.write_bar0(0x10, &4_u64.to_le_bytes());
@@ -61,7 +66,7 @@ impl Driver {
         let bar2 = SharedSlots::new(Arc::clone(bar2), vcpus)?;
         Ok(Self {
             vmm: Arc::clone(vmm),
-            memory: Arc::clone(memory),
+            memory: memory.clone(),
             bar2,
             table,
             table_pages,
@@ -73,9 +78,9 @@ impl Driver {
 
     /// Maps pages for the device: two atomics for each that is pinned, one request for all that are not.
     pub(crate) fn dma_map(&self, vcpu: usize, pages: &[Gfn]) -> Result<(), Box<dyn Error>> {
-        let mut missing = Vec::new();
+        let (memory, mut missing) = (self.memory.memory(), Vec::new());
         for &page in pages {
-            if self.table.map(&*self.memory, &self.table_pages, page)? == Mapped::NeedsPin {
+            if self.table.map(&*memory, &self.table_pages, page)? == Mapped::NeedsPin {
                 missing.push(page);
             }
         }
@@ -84,7 +89,7 @@ impl Driver {
         }
         // PINNED is the only answer there is.
         for &page in &missing {
-            if !self.table.is_pinned(&*self.memory, page)? {
+            if !self.table.is_pinned(&*memory, page)? {
                 self.dma_unmap(pages)?;
                 return Err(format!("the host could not pin {page}").into());
             }
@@ -94,8 +99,9 @@ impl Driver {
 
     /// One atomic a page.
     pub(crate) fn dma_unmap(&self, pages: &[Gfn]) -> Result<(), Box<dyn Error>> {
+        let memory = self.memory.memory();
         for &page in pages {
-            self.table.unmap(&*self.memory, page)?;
+            self.table.unmap(&*memory, page)?;
         }
         Ok(())
     }
@@ -104,7 +110,7 @@ impl Driver {
     fn ask(&self, vcpu: usize, pages: &[Gfn]) -> Result<(), Box<dyn Error>> {
         let request = match *pages {
             [page] => RequestWord::page(page, self.nic).ok_or("a gfn of more than 47 bits")?,
-            _ => write_batch(&*self.memory, Gpa::new(BATCHES + vcpu as u64 * BATCH_BYTES), self.nic, pages)?,
+            _ => write_batch(&*self.memory.memory(), Gpa::new(BATCHES + vcpu as u64 * BATCH_BYTES), self.nic, pages)?,
         };
         let slots = self.bar2.slots();
         self.requests.fetch_add(1, Ordering::Relaxed);

@@ -18,8 +18,8 @@ use std::sync::atomic::Ordering;
 use coiommu_dtt::{Gfn, Gpa, PAGE_SIZE};
 use coiommu_vfio::{DmaFault, SoftIommu};
 use driver::Driver;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
-use vmm::Vmm;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMmap};
+use vmm::{Memory, Vmm};
 
 const RAM: usize = 64 << 20;
 
@@ -33,7 +33,7 @@ fn echo(iommu: &SoftIommu, iova: u64, len: usize) -> Result<(), DmaFault> {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let ram = Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(0), RAM, None)?);
-    let memory = Arc::new(GuestMemoryMmap::from_arc_regions(vec![Arc::clone(&ram)])?);
+    let memory = Memory::new(GuestMemoryMmap::from_arc_regions(vec![Arc::clone(&ram)])?);
     // BAR 2. Over a memfd in real life, as the guest maps it too.
     let bar2 = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x2000)])?);
     let vmm = Arc::new(Vmm::new(&ram, &memory, &bar2, "00:05.0".parse()?, 1)?);
@@ -42,12 +42,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     let buffer = Gpa::new(0x200_0000);
     let page = Gfn::containing(buffer);
     for text in ["hello", "again"] {
-        memory.write_slice(text.as_bytes(), GuestAddress(buffer.raw()))?;
+        memory.memory().write_slice(text.as_bytes(), GuestAddress(buffer.raw()))?;
         driver.dma_map(0, &[page])?;
         vmm.endpoint.dma(|iommu| echo(iommu, buffer.raw(), text.len()))?;
         driver.dma_unmap(&[page])?;
         let mut received = vec![0; text.len()];
-        memory.read_slice(&mut received, GuestAddress(buffer.raw()))?;
+        memory.memory().read_slice(&mut received, GuestAddress(buffer.raw()))?;
         println!("{text} -> {}", String::from_utf8_lossy(&received));
         assert_eq!(received, text.to_uppercase().into_bytes());
     }

@@ -9,9 +9,10 @@ use coiommu_pin::pinner::{Drain, DrainError};
 use coiommu_pin::worker::{Service, Team, TeamConfig};
 use coiommu_pin::{DmaMapper, Pinner, PinnerConfig, Policy, RamRegion, SharedSlots};
 use coiommu_vfio::{DmaFault, SoftIommu};
-use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap};
 
-pub(crate) type Memory = Arc<GuestMemoryMmap>;
+/// Guest memory, which changes as a whole: RAM comes and goes.
+pub(crate) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// Your VMM's side: one of these a guest.
 pub(crate) struct Vmm {
@@ -26,12 +27,11 @@ pub(crate) struct Vmm {
 }
 
 impl Vmm {
-    /// For a guest with this RAM and so many vCPUs. `memory` is where its tables and requests are looked for;
-    /// `GuestMemoryAtomic`, if yours changes.
+    /// For a guest with this RAM and so many vCPUs. `memory` is where its tables and requests are looked for.
     pub(crate) fn new(
         ram: &Arc<GuestRegionMmap>,
         memory: &Memory,
-        bar2: &Memory,
+        bar2: &Arc<GuestMemoryMmap>,
         nic: Bdf,
         vcpus: usize,
     ) -> Result<Self, Box<dyn Error>> {
@@ -39,7 +39,7 @@ impl Vmm {
         let iommu = Arc::new(SoftIommu::new());
         let policy: Policy = "extent=run,unpin_policy=lru,unpin_interval=1".parse()?;
         let mapper = Arc::clone(&iommu) as Arc<dyn DmaMapper>;
-        let pinner = Pinner::new(Arc::clone(memory), mapper, PinnerConfig::new(policy, vec![nic]))?;
+        let pinner = Pinner::new(memory.clone(), mapper, PinnerConfig::new(policy, vec![nic]))?;
         // What may be pinned. Hotplug calls this too, and `remove_region` before memory goes.
         pinner.add_region(RamRegion::from_vm_memory(Arc::clone(ram))?)?;
         let service = Arc::new(Service::new(pinner, SharedSlots::new(Arc::clone(bar2), vcpus)?)?);

@@ -17,7 +17,7 @@ use coiommu_dtt::{Gfn, Gpa, PAGE_SIZE};
 use coiommu_pin::stats::Counters;
 use driver::Driver;
 use fastrand::Rng;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMmap};
 use vmm::{Memory, Vmm};
 
 const VCPUS: usize = 4;
@@ -49,7 +49,7 @@ struct Guest {
 impl Guest {
     fn new() -> Self {
         let ram = Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(0), RAM, None).unwrap());
-        let memory = Arc::new(GuestMemoryMmap::from_arc_regions(vec![Arc::clone(&ram)]).unwrap());
+        let memory = Memory::new(GuestMemoryMmap::from_arc_regions(vec![Arc::clone(&ram)]).unwrap());
         let bar2 = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x2000)]).unwrap());
         let vmm = Arc::new(Vmm::new(&ram, &memory, &bar2, "00:05.0".parse().unwrap(), VCPUS).unwrap());
         let driver = Driver::probe(&vmm, &memory, &bar2, VCPUS).unwrap();
@@ -88,11 +88,11 @@ impl Guest {
         let place = page.raw() + SHARE * vcpu as u64 + rng.u64(0..SHARE - ACCESS as u64);
         let [for_device, for_cpu] = [(); 2].map(|()| [(); ACCESS].map(|()| rng.u8(..)));
         let mut seen = [0; ACCESS];
-        self.memory.write_slice(&for_device, GuestAddress(place)).unwrap();
+        self.memory.memory().write_slice(&for_device, GuestAddress(place)).unwrap();
         self.vmm.endpoint.dma(|iommu| iommu.read(place, &mut seen)).unwrap();
         assert_eq!(seen, for_device, "vcpu {vcpu}: what the device reads at {place:#x}");
         self.vmm.endpoint.dma(|iommu| iommu.write(place, &for_cpu)).unwrap();
-        self.memory.read_slice(&mut seen, GuestAddress(place)).unwrap();
+        self.memory.memory().read_slice(&mut seen, GuestAddress(place)).unwrap();
         assert_eq!(seen, for_cpu, "vcpu {vcpu}: what the CPU reads at {place:#x}");
         self.tally.accesses.fetch_add(2, Relaxed);
     }
@@ -147,7 +147,7 @@ impl Guest {
         // A tick may be in the middle of it.
         assert!((0..1000).any(|_| unpinned_adds_up() || pause()), "{:?}", pinner.counters());
         let is_pinned = |&page: &u64| {
-            let leaf = self.driver.table.is_pinned(&*self.memory, Gfn::new(page).unwrap());
+            let leaf = self.driver.table.is_pinned(&*self.memory.memory(), Gfn::new(page).unwrap());
             leaf.is_ok_and(|is_pinned| is_pinned)
         };
         let iommu = &self.vmm.endpoint.iommu;

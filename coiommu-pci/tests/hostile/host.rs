@@ -12,7 +12,7 @@ use coiommu_pci::Bar;
 use coiommu_pin::RamRegion;
 use coiommu_pin::pinner::{Hold, UnpinReport};
 use fastrand::Rng;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::vmm::{Memory, Vmm};
 
@@ -27,9 +27,10 @@ const TABLE_PAGES: u64 = 32;
 pub(crate) struct Host {
     pub(crate) vmm: Arc<Vmm>,
     memory: Memory,
+    ram: Arc<GuestRegionMmap>,
     moving: Arc<GuestRegionMmap>,
     is_there: Mutex<bool>,
-    bar2: Memory,
+    bar2: Arc<GuestMemoryMmap>,
     dtt: GuestDtt,
     pages: Pages,
     /// Memory and log lines are counted for the whole process.
@@ -58,13 +59,18 @@ impl Host {
         let _one_test_at_a_time = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
         count_logs();
         let ram = region(0, RAM);
-        let moving = region(MOVING.start * PAGE_SIZE, (MOVING.end - MOVING.start) * PAGE_SIZE);
-        let memory = Arc::new(GuestMemoryMmap::from_arc_regions(vec![Arc::clone(&ram), Arc::clone(&moving)]).unwrap());
+        let (start, bytes) = (MOVING.start * PAGE_SIZE, (MOVING.end - MOVING.start) * PAGE_SIZE);
+        // With a file, so that what was pinned there is pinned again when it returns.
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(bytes).unwrap();
+        let (place, bytes) = (Some(FileOffset::new(file, 0)), usize::try_from(bytes).unwrap());
+        let moving = Arc::new(GuestRegionMmap::from_range(GuestAddress(start), bytes, place).unwrap());
+        let memory = Memory::new(GuestMemoryMmap::from_arc_regions(vec![Arc::clone(&ram)]).unwrap());
         let bar2 = Arc::new(GuestMemoryMmap::from_arc_regions(vec![region(0, Bar::SIZE)]).unwrap());
         let vmm = Arc::new(Vmm::new(&ram, &memory, &bar2, "00:05.0".parse().unwrap(), VCPUS).unwrap());
         let pages = Pages(AtomicU64::new(TABLES));
-        let dtt = GuestDtt::new(&*memory, &pages, Levels::new(4).unwrap(), 4).unwrap();
-        Self { vmm, memory, moving, is_there: Mutex::new(false), bar2, dtt, pages, _one_test_at_a_time }
+        let dtt = GuestDtt::new(&*memory.memory(), &pages, Levels::new(4).unwrap(), 4).unwrap();
+        Self { vmm, memory, ram, moving, is_there: Mutex::new(false), bar2, dtt, pages, _one_test_at_a_time }
     }
 
     pub(crate) fn command(&self, command: u64) {
@@ -82,7 +88,7 @@ impl Host {
     }
 
     pub(crate) fn write(&self, at: u64, bytes: &[u8]) {
-        self.memory.write_slice(bytes, GuestAddress(at)).unwrap();
+        self.memory.memory().write_slice(bytes, GuestAddress(at)).unwrap();
     }
 
     /// Puts a word into a slot, rings, and waits for the answer.
@@ -107,13 +113,13 @@ impl Host {
     /// An honest map of a page; whether it is pinned. The count stays.
     pub(crate) fn map(&self, vcpu: usize, page: u64) -> bool {
         let gfn = Gfn::new(page).unwrap();
-        let _asked_anyway = self.dtt.map(&*self.memory, &self.pages, gfn).unwrap();
+        let _asked_anyway = self.dtt.map(&*self.memory.memory(), &self.pages, gfn).unwrap();
         self.ask(vcpu, RequestWord::page(gfn, "00:05.0".parse().unwrap()).unwrap().raw());
-        self.dtt.is_pinned(&*self.memory, gfn).unwrap()
+        self.dtt.is_pinned(&*self.memory.memory(), gfn).unwrap()
     }
 
     pub(crate) fn unmap(&self, page: u64) {
-        self.dtt.unmap(&*self.memory, Gfn::new(page).unwrap()).unwrap();
+        self.dtt.unmap(&*self.memory.memory(), Gfn::new(page).unwrap()).unwrap();
     }
 
     pub(crate) fn unpin(&self, page: u64, pages: u64) -> (UnpinReport, Option<Hold>) {
@@ -134,23 +140,28 @@ impl Host {
             0..30 => self.post(vcpu, rng.u64(0..0x4400) << 16 | 0x28),
             30..34 => self.post(rng.usize(0..VCPUS), rng.u64(..)),
             34..44 => {
-                let at = 0x80_0000 + 0x1_0000 * vcpu as u64;
+                let away = rng.u8(0..8) == 0;
+                let at = if away { MOVING.start * PAGE_SIZE } else { 0x80_0000 } + 0x1_0000 * vcpu as u64;
                 let pages = if rng.bool() { rng.u64(0..9000) } else { rng.u64(..) };
                 let gfns = rng.u64(0..0x4000)..0x4400;
                 let list = gfns.take(8000).flat_map(u64::to_le_bytes);
-                self.write(at, &[0x28, pages].into_iter().flat_map(u64::to_le_bytes).chain(list).collect::<Vec<_>>());
+                let batch: Vec<_> = [0x28, pages].into_iter().flat_map(u64::to_le_bytes).chain(list).collect();
+                // Where RAM went, there is nothing to write.
+                let _there = self.memory.memory().write_slice(&batch, GuestAddress(at));
                 self.post(vcpu, 1 << 63 | at);
             }
             // Leaves and directories.
             44..74 => {
                 let at = TABLES + rng.u64(0..TABLE_PAGES * PAGE_SIZE / 4) * 4;
                 let word = [0, 1 << 31, 3 << 30 | 1, rng.u32(..)][rng.usize(0..4)];
-                self.memory.store(word, GuestAddress(at), Relaxed).unwrap();
+                self.memory.memory().store(word, GuestAddress(at), Relaxed).unwrap();
             }
             74..80 => {
                 let at = TABLES + rng.u64(0..4 * PAGE_SIZE / 8) * 8;
-                let entry = [0, (TABLES + rng.u64(0..TABLE_PAGES) * PAGE_SIZE) | 1, rng.u64(..)][rng.usize(0..3)];
-                self.memory.store(entry, GuestAddress(at), Relaxed).unwrap();
+                let table = TABLES + rng.u64(0..TABLE_PAGES) * PAGE_SIZE;
+                let away = (MOVING.start + rng.u64(0..16)) * PAGE_SIZE;
+                let entry = [0, table | 1, away | 1, rng.u64(..)][rng.usize(0..4)];
+                self.memory.memory().store(entry, GuestAddress(at), Relaxed).unwrap();
             }
             // Registers: any access, and commands.
             80..83 => {
@@ -174,7 +185,7 @@ impl Host {
         let tables = [(root, root + 0x1000), (root + 0x1000, root + 0x2000)];
         let leaves = (0..17).map(|n| (root + 0x2000 + 8 * n, root + 0x3000 + n * PAGE_SIZE));
         for (at, table) in tables.into_iter().chain(leaves) {
-            self.memory.store(table | 1, GuestAddress(at), Relaxed).unwrap();
+            self.memory.memory().store(table | 1, GuestAddress(at), Relaxed).unwrap();
         }
         self.activate_honestly();
     }
@@ -186,12 +197,19 @@ impl Host {
         if *is_there {
             let (gpa, bytes) = (Gpa::new(MOVING.start * PAGE_SIZE), (MOVING.end - MOVING.start) * PAGE_SIZE);
             pinner.remove_region(gpa, bytes).unwrap();
+            self.show(vec![Arc::clone(&self.ram)]);
             assert_eq!(self.vmm.endpoint.iommu.mapped_bytes_in(gpa.raw(), bytes), 0);
         } else {
+            self.show(vec![Arc::clone(&self.ram), Arc::clone(&self.moving)]);
             pinner.add_region(RamRegion::from_vm_memory(Arc::clone(&self.moving)).unwrap()).unwrap();
         }
         *is_there = !*is_there;
         thread::sleep(Duration::from_micros(rng.u64(0..2000)));
+    }
+
+    /// Guest memory is this from now on.
+    fn show(&self, regions: Vec<Arc<GuestRegionMmap>>) {
+        self.memory.lock().unwrap().replace(GuestMemoryMmap::from_arc_regions(regions).unwrap());
     }
 
     /// The guest does nothing more: every slot comes to 0.
