@@ -178,10 +178,11 @@ impl<S: TableSpace, N: NotifyMap> ReclaimWorker<S, N> {
                 return polled;
             }
         }
+        let is_closed = self.service.is_closed();
         // Each is replied to as it is dropped.
         self.running.clear();
         self.queue.turn_away();
-        if self.service.is_closed() { Polled::Closed } else { Polled::Idle }
+        if is_closed { Polled::Closed } else { Polled::Idle }
     }
 
     /// Does a piece of work: to be called whenever the worker is readable, which it is as long as there is some.

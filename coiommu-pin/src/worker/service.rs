@@ -6,8 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use coiommu_dtt::notify::NoSlot;
 use vmm_sys_util::eventfd::EventFd;
@@ -17,6 +16,7 @@ use crate::notify_map::NotifyMap;
 use crate::pinner::Pinner;
 use crate::space::TableSpace;
 use crate::sync::Mutex;
+use crate::sync::atomic::AtomicBool;
 
 /// Why slots cannot be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -45,7 +45,8 @@ pub struct Service<S: TableSpace, N> {
     /// Requests are not served any more. Orders nothing: whoever sees it late serves a piece more.
     refuses: AtomicBool,
     failure: OnceLock<String>,
-    /// The workers are to end. Orders nothing.
+    /// The workers are to end. Release, and acquire by the workers: whoever sees it finds in the slots what was there before
+    /// it, and answers it before it ends.
     is_closed: AtomicBool,
     /// Readable from when it is closed; never read.
     closing: EventFd,
@@ -59,7 +60,7 @@ impl<S: TableSpace, N: NotifyMap> Service<S, N> {
     /// The system has no eventfd left.
     pub fn new(pinner: Pinner<S>, notify: N) -> io::Result<Self> {
         let closing = eventfd()?;
-        let [refuses, is_closed] = [const { AtomicBool::new(false) }; 2];
+        let [refuses, is_closed] = [(); 2].map(|()| AtomicBool::new(false));
         Ok(Self { pinner, notify, served: Mutex::default(), refuses, failure: OnceLock::new(), is_closed, closing })
     }
 
@@ -84,7 +85,7 @@ impl<S: TableSpace, N: NotifyMap> Service<S, N> {
     /// Refuses, and the workers end once they have answered what is there.
     pub fn close(&self) {
         self.refuse();
-        self.is_closed.store(true, Relaxed);
+        self.is_closed.store(true, Release);
         // It fails only if it was written 2^64 - 2 times, and then it is readable.
         let _full = self.closing.write(1);
     }
@@ -120,9 +121,9 @@ impl<S: TableSpace, N: NotifyMap> Service<S, N> {
         self.refuses.load(Relaxed)
     }
 
-    /// Whether the workers are to end.
+    /// Whether the workers are to end, once they have answered what they find after they saw this.
     pub(super) fn is_closed(&self) -> bool {
-        self.is_closed.load(Relaxed)
+        self.is_closed.load(Acquire)
     }
 
     /// Readable once the service is closed.

@@ -69,8 +69,10 @@ impl<S: TableSpace, N: NotifyMap> SlotServer<S, N> {
                 return polled;
             }
         }
+        // Before the last look at the slots: what was there when it was closed is answered.
+        let is_closed = self.service.is_closed();
         self.refuse();
-        if self.service.is_closed() { Polled::Closed } else { Polled::Idle }
+        if is_closed { Polled::Closed } else { Polled::Idle }
     }
 
     /// How many requests are in service: taken, and not answered yet.
