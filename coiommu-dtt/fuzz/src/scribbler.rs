@@ -17,6 +17,14 @@ pub enum Write {
 }
 
 impl Write {
+    /// Where it goes.
+    #[must_use]
+    pub const fn at(self) -> u64 {
+        match self {
+            Self::U32(at, _) | Self::U64(at, _) => at,
+        }
+    }
+
     /// Writes the word, if there is memory for it and it is aligned.
     pub fn to(self, memory: &GuestMemoryMmap) {
         // A guest that writes where nothing is does no harm.

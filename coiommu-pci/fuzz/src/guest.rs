@@ -1,19 +1,23 @@
 //! A whole device: accesses to its registers are carried out on a pinner, while the guest writes what it likes into slots,
 //! tables and batches, the host takes pages back, and RAM comes and goes.
 
-use coiommu_pci::{Device, DeviceConfig, Outcome};
+use coiommu_pci::{Device, DeviceConfig, Outcome, Start};
 use coiommu_pin::pinner::Drain;
 use coiommu_pin_fuzz::{Step, number, play};
 
 use crate::access;
 
-/// Plays what an input describes: as `coiommu-pin`'s target, but that of the steps every third or so is an access.
+/// Plays what an input describes: as `coiommu-pin`'s target, but that of the steps every third or so is an access, and that
+/// a further flag, 8, says that the guest is of the first generation.
 ///
 /// # Panics
 ///
 /// If something is wrong with the host's books, or a slot is never answered.
 pub fn guest(input: &[u8]) {
-    let config = DeviceConfig::new(4, vec!["00:03.0".parse().expect("an endpoint")]);
+    let mut config = DeviceConfig::new(4, vec!["00:03.0".parse().expect("an endpoint")]);
+    if input.get(1).is_some_and(|flags| flags & 8 != 0) {
+        config.start = Start::RootAndLevels;
+    }
     let mut device = Device::new(&config).expect("four vCPUs");
     play(input, |input| {
         if number::<u8>(input).is_multiple_of(3) {

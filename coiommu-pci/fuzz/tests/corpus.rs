@@ -75,6 +75,7 @@ const ACCESS: Seeds = &[
 const QUIET: &[u8] = &[0, 0];
 const SCRIBBLED: &[u8] = &[3, 1];
 const HASTY: &[u8] = &[5, 4];
+const OLD: &[u8] = &[1, 8];
 /// What follows is an access.
 const BY: &[u8] = &[0];
 /// Pages 1 and 2 in slots 0 and 1, a batch in slot 2 where none is, all bits in slot 3.
@@ -85,11 +86,14 @@ const BATCH: &[u8] = &[1, 3, 9, 0, 0, 0, 0x58, 2, 0, 0x58, 2, 1, 24, 0, 1, 9, 0]
 const POLL: &[u8] = &[1, 26];
 const TICK: &[u8] = &[1, 8, 0];
 const FORCE: &[u8] = &[1, 11, 0, 0xff, 0xff, 1, 13];
+/// By the reclaim worker.
+const UNPIN: &[u8] = &[1, 28, 0, 0xff, 0xff, 1, 29, 1, 29];
 const RAM_GOES: &[u8] = &[1, 15, 0];
 const RAM_RETURNS: &[u8] = &[1, 16, 0];
 
 const GUEST: Seeds = &[
     ("driver", &[QUIET, BY, ROOT, BY, LEVELS, BY, ACTIVATE, POST, POLL, TICK, POLL, FORCE, BY, DEACTIVATE]),
     ("harm", &[SCRIBBLED, BATCH, POLL, POST, RAM_GOES, POLL, RAM_RETURNS, POLL, POST]),
+    ("first-generation", &[OLD, BY, ROOT, BY, LEVELS, POST, POLL, UNPIN, BY, LEVELS, POST, POLL]),
     ("haste", &[HASTY, BATCH, POLL, POST, BY, RESET, POLL]),
 ];

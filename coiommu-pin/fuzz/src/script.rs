@@ -11,7 +11,7 @@ use coiommu_dtt_fuzz::Write;
 use coiommu_pin::MapError;
 use coiommu_pin::pinner::Drain;
 
-use crate::space::RAM;
+use crate::space::{BAR2, RAM, VCPUS};
 
 /// The policies an input can choose from.
 const POLICIES: [&str; 8] = [
@@ -63,11 +63,18 @@ pub enum Step {
     Serve(u8),
     /// The guest puts something into a slot, whatever was in it.
     Post {
-        slot: usize,
+        vcpu: usize,
         word: u64,
     },
     /// The slots are looked at once.
     Poll,
+    /// The reclaim worker is asked for a range.
+    Ask {
+        gpa: u64,
+        bytes: u64,
+    },
+    /// It does a piece of its work.
+    Reclaim,
     Tick(Option<u64>),
     Park,
     Unpark,
@@ -124,11 +131,18 @@ impl Script {
 
     /// All that the guest writes, for its second CPU.
     pub(crate) fn writes(&self) -> Vec<Write> {
-        let write = |step: &Step| match step {
-            Step::Write(write) | Step::Calls { meanwhile: write, .. } => Some(*write),
+        let write = |step: &Step| match *step {
+            Step::Write(write) | Step::Calls { meanwhile: write, .. } => Some(write),
+            Step::Post { vcpu, word } => Some(post(vcpu, word)),
             _ => None,
         };
         self.steps.iter().filter_map(write).collect()
+    }
+
+    /// Whether there can ever be something in a slot.
+    pub(crate) fn has_posts(&self) -> bool {
+        let is_batch = |step: &Step| matches!(step, Step::Batch { at, .. } if *at > BAR2 / 2);
+        self.writes().into_iter().any(|write| write.at() >= BAR2) || self.steps.iter().any(is_batch)
     }
 }
 
@@ -140,7 +154,7 @@ pub fn number<'a, N: Arbitrary<'a> + Default>(input: &mut Unstructured<'a>) -> N
 impl Step {
     /// The next step of an input.
     pub fn read(input: &mut Unstructured<'_>) -> Self {
-        match number::<u8>(input) % 28 {
+        match number::<u8>(input) % 31 {
             0..=2 => Step::Write(write(input)),
             3 => Step::Batch {
                 at: page(input) + u64::from(number::<u8>(input)),
@@ -171,12 +185,19 @@ impl Step {
                 error: ERRORS[usize::from(number::<u8>(input) % 4)],
                 meanwhile: write(input),
             },
-            24 | 25 => Step::Post { slot: number::<u8>(input).into(), word: word(input) },
-            26 | 27 => Step::Poll,
             22 => Step::Room { mappings: number(input), pages: number(input) },
+            24 | 25 => Step::Post { vcpu: number::<u8>(input).into(), word: word(input) },
+            26 | 27 => Step::Poll,
+            28 => Step::Ask { gpa: gfn(input).wrapping_mul(PAGE_SIZE), bytes: u64::from(number::<u16>(input)) * 512 },
+            29 => Step::Reclaim,
             _ => Step::Pass(Duration::from_millis(u64::from(number::<u8>(input)) * 8)),
         }
     }
+}
+
+/// The guest puts a word into a slot.
+pub(crate) fn post(vcpu: usize, word: u64) -> Write {
+    Write::U64(BAR2 + (vcpu % VCPUS) as u64 * 8, word)
 }
 
 /// A word of a slot: mostly one that could be meant.
@@ -206,9 +227,11 @@ fn page(input: &mut Unstructured<'_>) -> u64 {
     }
 }
 
-/// A guest's write: a directory's entry, a leaf, or anything.
+/// A guest's write: a directory's entry, a leaf, a request, or anything.
 fn write(input: &mut Unstructured<'_>) -> Write {
-    match number::<u8>(input) % 4 {
+    let kind: u8 = number(input);
+    match kind % 4 {
+        _ if kind >= 0xf0 => post(kind.into(), word(input)),
         0 => {
             let at = page(input) + u64::from(number::<u16>(input) % 512) * 8;
             Write::U64(at, page(input) | u64::from(number::<u8>(input) & 1))

@@ -3,20 +3,21 @@
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
 use std::time::Duration;
 
 use coiommu_dtt::{Bdf, Gpa, PAGE_SIZE, RequestWord};
 use coiommu_dtt_fuzz::Write;
 use coiommu_pin::pinner::{Drain, ForcedUnpin, Hold, PinResult, UnpinStep};
 use coiommu_pin::request::Scratch;
-use coiommu_pin::worker::{Polled, Service, SlotServer};
-use coiommu_pin::{Clock, DmaMapper, MapError, PinRequest, Pinner, PinnerConfig, RamRegion, pinner};
+use coiommu_pin::worker::{Polled, ReclaimWorker, Service, SlotServer, Unpinned};
+use coiommu_pin::{Clock, DmaMapper, MapError, NotifyMap, PinRequest, Pinner, PinnerConfig, RamRegion, pinner};
 use coiommu_vfio::SoftIommu;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::script::{BDF, Script, Step};
-use crate::space::{Places, RAM, Space, place};
+use crate::script::{BDF, Script, Step, post};
+use crate::space::{Places, RAM, Slots, Space, VCPUS, place};
 
 /// The root of the table that is there from the start, then its directories, then two leaf tables.
 const ROOT: u64 = 0x1000;
@@ -25,8 +26,6 @@ pub(crate) const LEAVES: u64 = 0x4000;
 /// A request of 600 gfns or less ends within so many steps, however it is cut, and whatever waits.
 const MOST_STEPS: u32 = 20_000;
 const MOST_OPEN: usize = 4;
-/// How many vCPUs the guest has.
-const SLOTS: usize = 4;
 /// Three blocks have RAM: what the books may take has nothing to do with what the guest asks for.
 const MOST_OVERHEAD: u64 = 64 << 10;
 
@@ -55,10 +54,15 @@ pub(crate) struct World<'p> {
     memory: Arc<GuestMemoryMmap>,
     space: Space,
     iommu: Arc<SoftIommu>,
-    service: Arc<Service<Space, Vec<AtomicU64>>>,
-    server: SlotServer<Space, Vec<AtomicU64>>,
-    /// Whether anything was ever put into a slot.
-    has_posted: bool,
+    service: Arc<Service<Space, Slots>>,
+    server: SlotServer<Space, Slots>,
+    reclaim: ReclaimWorker<Space, Slots>,
+    /// How often the reclaim worker was asked, and its replies.
+    asked: u64,
+    replied: u64,
+    replies: (Sender<Unpinned>, Receiver<Unpinned>),
+    /// Whether anything is ever put into a slot.
+    has_posts: bool,
     scratch: Scratch,
     clock: TestClock,
     /// Which memory is at each place: the first, the other, or none.
@@ -73,12 +77,12 @@ impl<'p> World<'p> {
     pub(crate) fn new(places: &'p Places, script: &Script) -> Self {
         places.wipe();
         let there = [Some(false); RAM.len()];
-        let memory = Arc::new(places.show(&there));
+        let memory = Arc::new(places.all());
         if script.has_table {
             write_table(&memory);
         }
         let iommu = Arc::new(SoftIommu::new());
-        let space = Space::new(Arc::clone(&memory));
+        let space = Space::new(Arc::new(places.show(&there)));
         let endpoint = Bdf::new(BDF).expect("not 0");
         let config = PinnerConfig::new(script.policy.parse().expect("a policy"), vec![endpoint]);
         let pinner = Pinner::new(space.clone(), Arc::clone(&iommu) as Arc<dyn DmaMapper>, config).expect("4 KiB pages");
@@ -89,9 +93,9 @@ impl<'p> World<'p> {
         if script.has_table {
             pinner.activate(Gpa::new(ROOT), 4).expect("a table");
         }
-        let slots = (0..SLOTS).map(|_| AtomicU64::new(0)).collect();
-        let service = Arc::new(Service::new(pinner, slots).expect("an eventfd"));
-        let server = SlotServer::new(Arc::clone(&service), 0..SLOTS).expect("so many slots");
+        let service = Arc::new(Service::new(pinner, Slots(Arc::clone(&memory))).expect("an eventfd"));
+        let server = SlotServer::new(Arc::clone(&service), 0..VCPUS).expect("so many slots");
+        let reclaim = ReclaimWorker::new(Arc::clone(&service)).expect("a few file descriptors");
         Self {
             places,
             memory,
@@ -99,7 +103,11 @@ impl<'p> World<'p> {
             iommu,
             service,
             server,
-            has_posted: false,
+            reclaim,
+            asked: 0,
+            replied: 0,
+            replies: channel(),
+            has_posts: script.has_posts(),
             scratch: Scratch::default(),
             clock: TestClock { now: Cell::default(), haste: script.haste },
             there,
@@ -133,11 +141,10 @@ impl<'p> World<'p> {
             }
             Step::Begin(_) => {}
             Step::Serve(which) => self.serve(which),
-            Step::Post { slot, word } => {
-                self.has_posted = true;
-                self.service.notify()[slot % SLOTS].store(word, Relaxed);
-            }
+            Step::Post { vcpu, word } => post(vcpu, word).to(&self.memory),
             Step::Poll => _ = self.server.poll_once(&self.clock),
+            Step::Ask { gpa, bytes } => self.ask(gpa, bytes),
+            Step::Reclaim => _ = self.reclaim(),
             Step::Tick(budget) => {
                 let before = self.pinner().pinned_pages();
                 let report = self.pinner().tick(budget);
@@ -196,8 +203,8 @@ impl<'p> World<'p> {
         for _ in 0..MOST_STEPS {
             match self.server.poll_once(&self.clock) {
                 Polled::Idle => {
-                    let is_answered = |slot: &AtomicU64| slot.load(Relaxed) == 0;
-                    assert!(self.service.notify().iter().all(is_answered), "{:?}", self.service.notify());
+                    let is_answered = |vcpu| self.service.notify().slots().is_answered(vcpu).expect("a slot");
+                    assert!((0..VCPUS).all(is_answered));
                     return;
                 }
                 Polled::Wait => self.clock.pass(Duration::from_millis(100)),
@@ -205,7 +212,41 @@ impl<'p> World<'p> {
                 Polled::Closed => panic!("nobody closed the service"),
             }
         }
-        panic!("a slot is never answered: {:?}", self.service.notify());
+        panic!("a slot is never answered: {:?}", self.server);
+    }
+
+    fn ask(&mut self, gpa: u64, bytes: u64) {
+        self.asked += 1;
+        let replies = self.replies.0.clone();
+        // Nobody listens any more at the end of a target that failed.
+        self.reclaim.reclaimer().unpin(Gpa::new(gpa), bytes, move |unpinned| _ = replies.send(unpinned));
+    }
+
+    fn reclaim(&mut self) -> Polled {
+        let polled = self.reclaim.poll_once();
+        for unpinned in self.replies.1.try_iter() {
+            self.replied += 1;
+            // Too many ask, sometimes.
+            if let Ok((report, hold)) = unpinned {
+                assert_eq!(hold.is_some(), report.may_be_taken());
+                self.holds.extend(hold);
+            }
+        }
+        polled
+    }
+
+    /// Whoever asked the reclaim worker has a reply. The guest has not parked any more.
+    fn reclaim_to_end(&mut self) {
+        for _ in 0..MOST_STEPS {
+            match self.reclaim() {
+                Polled::Idle => return assert_eq!(self.replied, self.asked),
+                // Its clock is the system's.
+                Polled::Wait => thread::sleep(Duration::from_millis(1)),
+                Polled::More => {}
+                Polled::Closed => panic!("nobody closed the service"),
+            }
+        }
+        panic!("{:?} does not end", self.reclaim);
     }
 
     fn step_unpin(&mut self) {
@@ -288,7 +329,7 @@ impl<'p> World<'p> {
             + counters.requests_failed
             + counters.requests_refused
             + counters.requests_timed_out;
-        assert!(self.has_posted || ended + self.requests.len() as u64 == self.begun, "each request is counted once");
+        assert!(self.has_posts || ended + self.requests.len() as u64 == self.begun, "each request is counted once");
         assert_eq!(self.service.failure(), None);
         assert!(self.pinner().overhead_bytes() <= MOST_OVERHEAD);
     }
@@ -302,6 +343,7 @@ impl<'p> World<'p> {
         self.poll_to_end();
         self.iommu.inject_nothing();
         self.pinner().deactivate(Drain::Reset).expect("nothing fails any more");
+        self.reclaim_to_end();
         assert_eq!(self.iommu.mappings(), 0);
         self.check();
     }
