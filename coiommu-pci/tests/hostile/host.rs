@@ -122,6 +122,15 @@ impl Host {
         self.dtt.unmap(&*self.memory.memory(), Gfn::new(page).unwrap()).unwrap();
     }
 
+    /// Writes over a page's leaf.
+    pub(crate) fn set_leaf(&self, page: u64, word: u32) {
+        let (memory, gfn) = (self.memory.memory(), Gfn::new(page).unwrap());
+        let leaves = self.dtt.leaf_table(&*memory, &self.pages, gfn).unwrap();
+        let leaf = &leaves.words()[gfn.leaf_index()];
+        leaf.fetch_and(0, Relaxed);
+        leaf.fetch_or(word, Relaxed);
+    }
+
     pub(crate) fn unpin(&self, page: u64, pages: u64) -> (UnpinReport, Option<Hold>) {
         let start = Instant::now();
         let reclaimer = self.vmm.team.reclaimer();

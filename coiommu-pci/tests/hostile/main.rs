@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use coiommu_dtt::PAGE_SIZE;
 use coiommu_pci::Bar;
 use fastrand::Rng;
 use host::{Host, MOVING, VCPUS, logged, resident};
@@ -84,6 +85,34 @@ fn tables_that_lead_nowhere_or_in_circles_pin_nothing() {
         assert!(!host.vmm.team.service().pinner().is_active(), "{root:#x}, {levels} levels");
         host.ask(0, 0x900 << 16 | 0x28);
     }
+}
+
+/// What PINNED says is the guest's own trouble: the host goes by its books.
+#[test]
+fn pinned_bits_that_lie_leave_nothing_mapped() {
+    const PAGES: std::ops::Range<u64> = 0x900..0x940;
+    const BOTH: std::ops::Range<u64> = PAGES.start..PAGES.end + 0x40;
+    let (host, bytes) = (Host::new(), (BOTH.end - BOTH.start) * PAGE_SIZE);
+    host.activate_honestly();
+    assert!(PAGES.into_iter().all(|page| host.map(0, page)));
+    // Cleared where pages are pinned, set where none are.
+    for page in PAGES.step_by(2) {
+        host.set_leaf(page, 1 << 30 | 1);
+        host.set_leaf(page + 0x40, 1 << 31);
+    }
+    let (report, hold) = host.unpin(BOTH.start, 0x80);
+    assert_eq!((report.busy, report.not_pinned, hold.is_none()), (0x40, 0x40, true), "what is counted is in use");
+    assert!(host.map(1, PAGES.start), "it still is");
+    BOTH.into_iter().for_each(|page| host.set_leaf(page, 1 << 31));
+    let (report, hold) = host.unpin(BOTH.start, 0x80);
+    assert!(report.may_be_taken() && hold.is_some());
+    assert_eq!(host.vmm.endpoint.iommu.mapped_bytes_in(BOTH.start * PAGE_SIZE, bytes), 0);
+    drop(hold);
+    assert!(host.map(2, PAGES.start), "that its leaf says PINNED helps nobody");
+    assert!(host.vmm.endpoint.iommu.is_mapped(PAGES.start * PAGE_SIZE, PAGE_SIZE));
+    host.set_leaf(PAGES.start, 0);
+    host.command(0);
+    assert_eq!(host.vmm.endpoint.iommu.mappings(), 0);
 }
 
 /// Doorbells ring at their offsets, at every width, and nothing else does.
