@@ -103,7 +103,7 @@ fn pinned_bits_that_lie_leave_nothing_mapped() {
     let (report, hold) = host.unpin(BOTH.start, 0x80);
     assert_eq!((report.busy, report.not_pinned, hold.is_none()), (0x40, 0x40, true), "what is counted is in use");
     assert!(host.map(1, PAGES.start), "it still is");
-    BOTH.into_iter().for_each(|page| host.set_leaf(page, 1 << 31));
+    BOTH.for_each(|page| host.set_leaf(page, 1 << 31));
     let (report, hold) = host.unpin(BOTH.start, 0x80);
     assert!(report.may_be_taken() && hold.is_some());
     assert_eq!(host.vmm.endpoint.iommu.mapped_bytes_in(BOTH.start * PAGE_SIZE, bytes), 0);
