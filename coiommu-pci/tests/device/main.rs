@@ -8,6 +8,7 @@ mod driver;
 #[path = "../../examples/vmm/vmm.rs"]
 mod vmm;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
@@ -23,7 +24,11 @@ use vmm::{Memory, Vmm};
 const VCPUS: usize = 4;
 const RAM: usize = 64 << 20;
 /// Where buffers are, in gfns.
-const BUFFERS: std::ops::Range<u64> = 0x1000..0x3000;
+const BUFFERS: Range<u64> = 0x1000..0x3000;
+/// Buffers are used from one part of it for a second, then from the next, so that idle pages go.
+const PARTS: u64 = 4;
+/// What the host takes is in the first parts only, or nothing would be left for that.
+const TAKEN: Range<u64> = BUFFERS.start..BUFFERS.start + (BUFFERS.end - BUFFERS.start) / 2;
 /// What a vCPU has of each page for itself.
 const SHARE: u64 = PAGE_SIZE / VCPUS as u64;
 const ACCESS: usize = 32;
@@ -57,11 +62,14 @@ impl Guest {
     }
 
     fn run_vcpu(&self, vcpu: usize) {
-        let mut rng = Rng::new();
+        let (mut rng, start) = (Rng::new(), Instant::now());
         while !self.over.load(Relaxed) {
-            let hot = if rng.bool() { BUFFERS } else { BUFFERS.start..BUFFERS.start + 64 };
+            let part = (BUFFERS.end - BUFFERS.start) / PARTS;
+            let first = BUFFERS.start + start.elapsed().as_secs() % PARTS * part;
+            let buffers = first..first + part;
+            let hot = if rng.bool() { buffers.clone() } else { first..first + 64 };
             let mut pages: Vec<_> = match rng.u8(0..20) {
-                0 => (0..rng.u64(500..2000)).map(|_| rng.u64(BUFFERS)).collect(),
+                0 => (0..rng.u64(500..2000)).map(|_| rng.u64(buffers.clone())).collect(),
                 1..8 => vec![rng.u64(hot)],
                 _ => (0..rng.u64(2..40)).map(|_| rng.u64(hot.clone())).collect(),
             };
@@ -107,7 +115,7 @@ impl Guest {
 
     /// The host takes memory, where nobody uses it.
     fn take(&self, rng: &mut Rng) {
-        let first = rng.u64(BUFFERS);
+        let first = rng.u64(TAKEN);
         let pages = rng.u64(1..100);
         let reclaimer = self.vmm.team.reclaimer();
         let (report, hold) = reclaimer.unpin_and_wait(Gpa::new(first * PAGE_SIZE), pages * PAGE_SIZE).unwrap();
@@ -124,7 +132,7 @@ impl Guest {
         }
     }
 
-    fn check_counters(&self) {
+    fn check_counters(&self, time: Duration) {
         let pinner = self.vmm.team.service().pinner();
         let counters = pinner.counters();
         let Tally { granted, denied, accesses, taken, parks } = &self.tally;
@@ -135,6 +143,7 @@ impl Guest {
         );
         assert!([granted, accesses, taken, parks].iter().all(|&n| n > 0));
         assert_eq!(counters.requests_pinned + counters.requests_failed, self.driver.requests.load(Relaxed));
+        assert!(counters.pages_unpinned_idle > 0 || time < Duration::from_secs(10), "ticks found nothing");
         assert_eq!(counters.pages_asked, self.driver.pages_asked.load(Relaxed));
         // Some failed, but when the guest looked, another vCPU had got the page.
         assert!(counters.requests_failed >= denied);
@@ -184,7 +193,7 @@ fn a_guest_of_four_vcpus_is_served() {
     });
     let iommu = &guest.vmm.endpoint.iommu;
     assert_eq!(iommu.fault_count(), 0);
-    guest.check_counters();
+    guest.check_counters(start.elapsed());
     let Guest { vmm, driver, .. } = guest;
     driver.remove();
     let pinner = vmm.team.service().pinner();

@@ -177,9 +177,11 @@ impl Host {
                 let data: Vec<_> = (0..rng.usize(0..12)).map(|_| rng.u8(..)).collect();
                 self.vmm.write_bar0(rng.u64(0..0x40), &data);
             }
-            83..85 => self.command(rng.u64(1..5)),
-            85 => self.command(0),
-            86..90 => self.repair(),
+            // Most parks end, or nothing would ever be unpinned.
+            83..85 => self.command([2, 3, 3, 3, 4][rng.usize(0..5)]),
+            // Now and then only, or there would hardly be time to pin anything in between.
+            85 if rng.u8(0..64) == 0 => self.command(rng.u64(0..2)),
+            85..90 => self.repair(rng.u8(0..64) == 0),
             90..92 => self.vmm.write_config(rng.usize(0..0x40), &[rng.u8(..), rng.u8(..)]),
             _ => {
                 let mut data = [0; 8];
@@ -188,15 +190,17 @@ impl Host {
         }
     }
 
-    /// Writes a table that leads somewhere, and activates it, so that the storm has something to destroy.
-    fn repair(&self) {
+    /// Writes a table that leads somewhere, so that the storm has something to destroy; and activates it, if wanted.
+    fn repair(&self, activate: bool) {
         let root = self.dtt.dtt().root().raw();
         let tables = [(root, root + 0x1000), (root + 0x1000, root + 0x2000)];
         let leaves = (0..17).map(|n| (root + 0x2000 + 8 * n, root + 0x3000 + n * PAGE_SIZE));
         for (at, table) in tables.into_iter().chain(leaves) {
             self.memory.memory().store(table | 1, GuestAddress(at), Relaxed).unwrap();
         }
-        self.activate_honestly();
+        if activate {
+            self.activate_honestly();
+        }
     }
 
     /// RAM goes or returns.
