@@ -53,27 +53,21 @@ impl Doorbells {
 
     /// How many there are.
     #[must_use]
-    pub fn len(self) -> usize {
+    pub fn count(self) -> usize {
         self.vcpus.into()
-    }
-
-    /// There is one at least.
-    #[must_use]
-    pub const fn is_empty(self) -> bool {
-        false
     }
 
     /// The vCPU whose doorbell a write to this offset of BAR 0 rings.
     #[must_use]
     pub fn at(self, offset: u64) -> Option<usize> {
         let vcpu = usize::try_from(offset.checked_sub(DOORBELLS)?).ok()?;
-        (vcpu < self.len()).then_some(vcpu)
+        (vcpu < self.count()).then_some(vcpu)
     }
 
     /// Where a vCPU's doorbell is in BAR 0, for an ioeventfd of any length and any value; `None` if it has none.
     #[must_use]
     pub fn offset(self, vcpu: usize) -> Option<u64> {
-        (vcpu < self.len()).then(|| DOORBELLS + vcpu as u64)
+        (vcpu < self.count()).then(|| DOORBELLS + vcpu as u64)
     }
 }
 
@@ -211,7 +205,7 @@ mod tests {
         assert_eq!((Doorbells::new(0), Doorbells::new(1025), Doorbells::new(65_537)), (None, None, None));
         for vcpus in [1, 2, 1024] {
             let doorbells = Doorbells::new(vcpus).unwrap();
-            assert_eq!(doorbells.len(), vcpus);
+            assert_eq!(doorbells.count(), vcpus);
             for vcpu in 0..vcpus {
                 assert_eq!(doorbells.offset(vcpu).and_then(|offset| doorbells.at(offset)), Some(vcpu));
             }

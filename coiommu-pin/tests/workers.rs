@@ -285,6 +285,7 @@ fn a_slot_has_one_server_at_a_time() {
 fn workers_are_driven_by_somebody_elses_event_loop() {
     let guest = Guest::new("unpin_policy=lru,unpin_interval=1");
     let mut pins = [0, 1].map(|first| PinWorker::new(Arc::clone(&guest.service), [first, first + 2]).unwrap());
+    assert_eq!(pins.each_ref().map(|pin| pin.vcpus().collect::<Vec<_>>()), [[0, 2], [1, 3]]);
     let mut reclaim = ReclaimWorker::new(Arc::clone(&guest.service)).unwrap();
     let epoll = Epoll::new().unwrap();
     let add = |fd, id| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id)).unwrap();
