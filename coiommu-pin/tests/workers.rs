@@ -203,6 +203,40 @@ fn many_long_batches_at_once_do_not_keep_a_close_waiting() {
     assert_eq!(guest.are_answered(), [true; VCPUS]);
 }
 
+#[test]
+fn slots_that_never_rest_are_served_in_turn() {
+    let guest = Guest::new("");
+    let mut server = guest.server(0..VCPUS);
+    let hasty = Hasty(Cell::new(Duration::ZERO));
+    (0..VCPUS).for_each(|vcpu| guest.post(vcpu, guest.page(vcpu as u64)));
+    for vcpu in (0..VCPUS).cycle().take(3 * VCPUS) {
+        assert_eq!(server.poll_once(&hasty), Polled::More);
+        assert_eq!(guest.are_answered(), [0, 1, 2, 3].map(|other| other == vcpu), "one in the time that there is");
+        guest.post(vcpu, guest.page(vcpu as u64));
+    }
+    while guest.are_answered() != [true; VCPUS] {
+        assert_eq!(server.poll_once(&hasty), Polled::More);
+    }
+    guest.post(3, guest.page(3));
+    assert_eq!(server.poll_once(&hasty), Polled::More);
+    assert!(guest.is_answered(3), "empty slots take no time");
+}
+
+#[test]
+fn a_request_is_new_until_it_is_in_service() {
+    let guest = Guest::new("");
+    let mut server = guest.server([1]);
+    let state = |server: &SlotServer<_, _>| (server.has_new_request(), server.in_service());
+    guest.post(0, guest.page(0));
+    assert_eq!(state(&server), (false, 0), "that is another server's");
+    guest.post(1, guest.batch(2 * 4096));
+    assert_eq!(state(&server), (true, 0));
+    assert_eq!(server.poll_once(&guest.clock), Polled::More);
+    assert_eq!(state(&server), (false, 1));
+    while server.poll_once(&guest.clock) == Polled::More {}
+    assert_eq!(state(&server), (false, 0));
+}
+
 /// A clock by which each look takes 15 ms.
 struct Hasty(Cell<Duration>);
 
