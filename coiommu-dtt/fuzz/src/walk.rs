@@ -18,7 +18,7 @@ use coiommu_dtt::{Bdf, Dtt, Gfn, Gpa, Leaf, LeafEntry, LeafTable, Levels, Reques
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::arena::host_address;
-use crate::{Arena, Scribbler, Write};
+use crate::{Arena, Scribbler, Write, number};
 
 /// Where memory can be, and how much: pages side by side, ends inside pages, the last page that an entry can name, and one
 /// that none can.
@@ -117,11 +117,6 @@ fn step(input: &mut Unstructured<'_>) -> Step {
         _ if number::<u8>(input) & 1 == 0 => Step::Batch { at: number(input), gfns: number(input) },
         _ => Step::Word(number(input)),
     }
-}
-
-/// The next number of an input; zero after its end.
-fn number<'a, N: arbitrary::Arbitrary<'a> + Default>(input: &mut Unstructured<'a>) -> N {
-    input.arbitrary().unwrap_or_default()
 }
 
 fn gfn(input: &mut Unstructured<'_>) -> Gfn {

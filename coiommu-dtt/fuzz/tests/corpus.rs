@@ -1,33 +1,19 @@
 //! The inputs in `corpus/` pass, and those written by hand are there.
 
-use std::fs;
-use std::path::Path;
-
+use coiommu_dtt_fuzz::corpus::{Seeds, check_seeds, run_all};
 use coiommu_dtt_fuzz::walk;
 
 const CORPUS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/walk");
 
 #[test]
 fn every_input_passes() {
-    let mut inputs = 0;
-    for entry in fs::read_dir(CORPUS).unwrap() {
-        walk(&fs::read(entry.unwrap().path()).unwrap());
-        inputs += 1;
-    }
-    assert!(inputs >= SEEDS.len());
+    run_all(CORPUS, walk, SEEDS);
 }
 
 /// `SEEDS=write cargo test -p coiommu-dtt-fuzz` writes them.
 #[test]
 fn seeds_are_in_the_corpus() {
-    for (name, steps) in SEEDS {
-        let input = steps.concat();
-        let file = Path::new(CORPUS).join(format!("seed-{name}"));
-        if std::env::var_os("SEEDS").is_some() {
-            fs::write(&file, &input).unwrap();
-        }
-        assert_eq!(fs::read(&file).unwrap(), input, "{name}");
-    }
+    check_seeds(CORPUS, SEEDS);
 }
 
 // The pieces of inputs; `src/walk.rs` reads them. Pages go by their number in `PAGES`.
@@ -42,7 +28,7 @@ const TABLES: &[u8] = &[0, 0, 0, 0, 1, 1, 0, 1, 0, 0, 2, 1, 0, 2, 0, 0, 3, 1];
 /// Leaf 5 of page 3 is not counted, and has all that is reserved.
 const LEAF: &[u8] = &[2, 3, 5, 0, 0, 0, 0xff, 0xbf];
 
-const SEEDS: &[(&str, &[&[u8]])] = &[
+const SEEDS: Seeds = &[
     ("honest", &[QUIET, TABLES, LEAF, LOOK, MAP]),
     ("honest-scribbled", &[SCRIBBLED, TABLES, LEAF, LOOK, MAP, LOOK, MAP, LOOK]),
     ("empty", &[QUIET, LOOK, MAP]),

@@ -2,8 +2,8 @@
 
 use arbitrary::Unstructured;
 use coiommu_dtt::Bdf;
+use coiommu_dtt_fuzz::number;
 use coiommu_pci::{Bar, Device, DeviceConfig, Outcome, Start};
-use coiommu_pin_fuzz::number;
 
 /// Plays the accesses that an input describes: first how many vCPUs there are (two bytes) and how the device starts (one),
 /// then accesses until the end. All numbers are little-endian, and zero after the end of the input.

@@ -1,9 +1,10 @@
 //! A whole device: accesses to its registers are carried out on a pinner, while the guest writes what it likes into slots,
 //! tables and batches, the host takes pages back, and RAM comes and goes.
 
+use coiommu_dtt_fuzz::number;
 use coiommu_pci::{Device, DeviceConfig, Outcome, Start};
 use coiommu_pin::pinner::Drain;
-use coiommu_pin_fuzz::{Step, number, play};
+use coiommu_pin_fuzz::{Step, play};
 
 use crate::access;
 

@@ -1,45 +1,22 @@
 //! The inputs in `corpus/` pass, and those written by hand are there.
 
-use std::fs;
-use std::path::Path;
-
+use coiommu_dtt_fuzz::corpus::{Seeds, check_seeds, run_all};
 use coiommu_pci_fuzz::{access, guest};
 
-const CORPUS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/corpus");
-
-/// Pieces of inputs, by a name for the input.
-type Seeds = &'static [(&'static str, &'static [&'static [u8]])];
-
-/// A target takes bytes.
-type Run = fn(&[u8]);
-
-const TARGETS: [(&str, Run, Seeds); 2] = [("access", access, ACCESS), ("guest", guest, GUEST)];
+const OF_ACCESS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/access");
+const OF_GUEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/guest");
 
 #[test]
 fn every_input_passes() {
-    for (target, run, seeds) in TARGETS {
-        let mut inputs = 0;
-        for entry in fs::read_dir(Path::new(CORPUS).join(target)).unwrap() {
-            run(&fs::read(entry.unwrap().path()).unwrap());
-            inputs += 1;
-        }
-        assert!(inputs >= seeds.len(), "{target}");
-    }
+    run_all(OF_ACCESS, access, ACCESS);
+    run_all(OF_GUEST, guest, GUEST);
 }
 
 /// `SEEDS=write cargo test -p coiommu-pci-fuzz` writes them.
 #[test]
 fn seeds_are_in_the_corpus() {
-    for (target, _, seeds) in TARGETS {
-        for (name, steps) in seeds {
-            let input = steps.concat();
-            let file = Path::new(CORPUS).join(target).join(format!("seed-{name}"));
-            if std::env::var_os("SEEDS").is_some() {
-                fs::write(&file, &input).unwrap();
-            }
-            assert_eq!(fs::read(&file).unwrap(), input, "{name}");
-        }
-    }
+    check_seeds(OF_ACCESS, ACCESS);
+    check_seeds(OF_GUEST, GUEST);
 }
 
 // The pieces of inputs; `src/lib.rs` reads them. An access: what, where, how wide, data.

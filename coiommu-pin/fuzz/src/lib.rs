@@ -15,10 +15,9 @@ use coiommu_dtt_fuzz::Scribbler;
 
 use crate::script::Script;
 use crate::space::Places;
-
 use crate::world::World;
 
-pub use crate::script::{Step, number};
+pub use crate::script::Step;
 
 /// What is made once, for all inputs.
 #[derive(Default)]

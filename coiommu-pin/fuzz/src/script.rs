@@ -5,9 +5,9 @@
 
 use std::time::Duration;
 
-use arbitrary::{Arbitrary, Unstructured};
+use arbitrary::Unstructured;
 use coiommu_dtt::PAGE_SIZE;
-use coiommu_dtt_fuzz::Write;
+use coiommu_dtt_fuzz::{Write, number};
 use coiommu_pin::MapError;
 use coiommu_pin::pinner::Drain;
 
@@ -144,11 +144,6 @@ impl Script {
         let is_batch = |step: &Step| matches!(step, Step::Batch { at, .. } if *at > BAR2 / 2);
         self.writes().into_iter().any(|write| write.at() >= BAR2) || self.steps.iter().any(is_batch)
     }
-}
-
-/// The next number of an input, 0 after its end.
-pub fn number<'a, N: Arbitrary<'a> + Default>(input: &mut Unstructured<'a>) -> N {
-    input.arbitrary().unwrap_or_default()
 }
 
 impl Step {

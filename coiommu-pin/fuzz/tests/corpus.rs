@@ -1,33 +1,19 @@
 //! The inputs in `corpus/` pass, and those written by hand are there.
 
-use std::fs;
-use std::path::Path;
-
+use coiommu_dtt_fuzz::corpus::{Seeds, check_seeds, run_all};
 use coiommu_pin_fuzz::request;
 
 const CORPUS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/request");
 
 #[test]
 fn every_input_passes() {
-    let mut inputs = 0;
-    for entry in fs::read_dir(CORPUS).unwrap() {
-        request(&fs::read(entry.unwrap().path()).unwrap());
-        inputs += 1;
-    }
-    assert!(inputs >= SEEDS.len());
+    run_all(CORPUS, request, SEEDS);
 }
 
 /// `SEEDS=write cargo test -p coiommu-pin-fuzz` writes them.
 #[test]
 fn seeds_are_in_the_corpus() {
-    for (name, steps) in SEEDS {
-        let input = steps.concat();
-        let file = Path::new(CORPUS).join(format!("seed-{name}"));
-        if std::env::var_os("SEEDS").is_some() {
-            fs::write(&file, &input).unwrap();
-        }
-        assert_eq!(fs::read(&file).unwrap(), input, "{name}");
-    }
+    check_seeds(CORPUS, SEEDS);
 }
 
 // The pieces of inputs; `src/script.rs` reads them. First the policy and flags: the second CPU writes, no table from the
@@ -80,7 +66,7 @@ const TO_ITSELF: &[u8] = &[0, 0, 1, 0, 0, 1, 1];
 const TO_ABSENT: &[u8] = &[0, 0, 3, 0, 0, 134, 1];
 const ROOM_FOR_2: &[u8] = &[22, 2, 0];
 
-const SEEDS: &[(&str, &[&[u8]])] = &[
+const SEEDS: Seeds = &[
     ("pages", &[RUN, MAP_500, ASK_500, ASK_5, ASK_1040, ASK_NO_RAM, UNMAP_500, TICK, TICK]),
     ("batch", &[RUN, BATCH, ASK_BATCH, ASK_BATCH, TICK, TICK]),
     ("batch-claims-too-much", &[RUN, BATCH_CLAIMS, ASK_BATCH, &[3, 23, 248, 0, 7], ASK_BATCH]),
