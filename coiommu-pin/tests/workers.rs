@@ -70,7 +70,10 @@ impl Guest {
         [0, 1, 2, 3].map(|vcpu| self.is_answered(vcpu))
     }
 
-    fn wait_for_answer(&self, vcpu: usize) {
+    /// Asks for a page, and waits until there is an answer.
+    fn ask(&self, team: &Team<Space, Slots>, vcpu: usize, page: u64) {
+        self.post(vcpu, self.page(page));
+        team.doorbell(vcpu).unwrap().write(1).unwrap();
         let start = Instant::now();
         while !self.is_answered(vcpu) {
             assert!(start.elapsed() < FOR_EVER, "vcpu {vcpu} is never answered");
@@ -391,9 +394,7 @@ fn a_team_serves_until_it_is_stopped() {
         assert!(team.doorbell(VCPUS).is_none());
         for page in 0..20 {
             let vcpu = usize::try_from(page).unwrap() % VCPUS;
-            guest.post(vcpu, guest.page(page));
-            team.doorbell(vcpu).unwrap().write(1).unwrap();
-            guest.wait_for_answer(vcpu);
+            guest.ask(&team, vcpu, page);
             assert!(guest.is_pinned(page));
         }
         let (report, hold) = team.reclaimer().unpin_and_wait(Gpa::new(0), 4 * PAGE).unwrap();
@@ -495,9 +496,7 @@ fn who_waits_for_an_unpark_keeps_no_other_waiting_and_a_panic_is_replied_to() {
 fn a_request_that_waits_for_an_unpark_is_replied_to_without_one() {
     let guest = Guest::new("");
     let team = Team::spawn(&guest.service, &TeamConfig::default()).unwrap();
-    guest.post(0, guest.page(5));
-    team.doorbell(0).unwrap().write(1).unwrap();
-    guest.wait_for_answer(0);
+    guest.ask(&team, 0, 5);
     let (to, from) = mpsc::channel();
     guest.service.pinner().park();
     team.reclaimer().unpin(Gpa::new(5 * PAGE), PAGE, reply_to(&to));
@@ -517,21 +516,16 @@ fn processor_time() -> u64 {
 fn idle_workers_alone() {
     let guest = Guest::new("unpin_policy=lru,unpin_interval=1");
     let team = Team::spawn(&guest.service, &TeamConfig::default()).unwrap();
-    let ask = |page| {
-        guest.post(0, guest.page(page));
-        team.doorbell(0).unwrap().write(1).unwrap();
-        guest.wait_for_answer(0);
-    };
     let used = || {
         let before = processor_time();
         thread::sleep(Duration::from_secs(2));
         processor_time() - before
     };
-    (0..100).for_each(ask);
+    (0..100).for_each(|page| guest.ask(&team, 0, page));
     let idle = used();
     assert!(idle < 20, "idle workers took {idle} of 200 ticks");
     guest.break_mapper();
-    ask(100);
+    guest.ask(&team, 0, 100);
     assert!(guest.service.failure().is_some());
     let failed = used();
     assert!(failed < 20, "workers of a service that failed took {failed} of 200 ticks");
@@ -555,9 +549,7 @@ fn workers_that_sleep_answer_after_anothers_panic() {
     let team = Team::spawn(&guest.service, &config).unwrap();
     guest.break_mapper();
     for vcpu in [0, 1, 2, 3, 0, 1] {
-        guest.post(vcpu, guest.page(5));
-        team.doorbell(vcpu).unwrap().write(1).unwrap();
-        guest.wait_for_answer(vcpu);
+        guest.ask(&team, vcpu, 5);
         assert!(guest.service.failure().is_some() && !guest.is_pinned(5));
     }
     guest.iommu.inject_nothing();

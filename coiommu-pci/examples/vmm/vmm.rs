@@ -87,7 +87,8 @@ impl Vmm {
             Outcome::Park => pinner.park(),
             Outcome::Unpark => pinner.unpark(),
             Outcome::Doorbell { vcpu } => self.ring(vcpu),
-            // A reset moves them away, too. Your bus maps BAR 2 at `device.bar_address(Bar::Notify)`, and traps the others at theirs.
+            // A reset moves them away, too. Your bus maps BAR 2 at `device.bar_address(Bar::Notify)`, and traps the others at
+            // theirs.
             Outcome::MemorySpace => {}
         }
     }

@@ -172,17 +172,15 @@ impl<S: TableSpace, N: NotifyMap> ReclaimWorker<S, N> {
 
     /// Takes requests, goes a step on with each, and with a tick if one is due. Waits for nothing but unmap calls.
     pub fn poll_once(&mut self) -> Polled {
-        if !self.service.refuses() {
-            let service = Arc::clone(&self.service);
-            if let Some(polled) = service.guard("the reclaim worker", || self.work(&SystemClock)) {
-                return polled;
-            }
-        }
-        let is_closed = self.service.is_closed();
+        let service = Arc::clone(&self.service);
+        service.turn("the reclaim worker", self, |worker| worker.work(&SystemClock), Self::refuse)
+    }
+
+    /// Replies to everything, and does nothing.
+    fn refuse(&mut self) {
         // Each is replied to as it is dropped.
         self.running.clear();
         self.queue.turn_away();
-        if is_closed { Polled::Closed } else { Polled::Idle }
     }
 
     /// Does a piece of work: to be called whenever the worker is readable, which it is as long as there is some.

@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use coiommu_dtt::notify::NoSlot;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::Polled;
 use super::events::eventfd;
 use crate::notify_map::NotifyMap;
 use crate::pinner::Pinner;
@@ -121,18 +122,33 @@ impl<S: TableSpace, N: NotifyMap> Service<S, N> {
         self.refuses.load(Relaxed)
     }
 
-    /// Whether the workers are to end, once they have answered what they find after they saw this.
-    pub(super) fn is_closed(&self) -> bool {
-        self.is_closed.load(Acquire)
-    }
-
     /// Readable once the service is closed.
     pub(super) fn closing_fd(&self) -> RawFd {
         self.closing.as_raw_fd()
     }
 
+    /// A worker's turn: its work. Where requests are refused, as they are once a worker has panicked, it answers everything
+    /// instead.
+    pub(super) fn turn<W>(
+        &self,
+        name: &str,
+        worker: &mut W,
+        work: impl FnOnce(&mut W) -> Polled,
+        refuse: impl FnOnce(&mut W),
+    ) -> Polled {
+        if !self.refuses()
+            && let Some(polled) = self.guard(name, || work(worker))
+        {
+            return polled;
+        }
+        // Before the last look at what was asked: what was there when it was closed is answered.
+        let is_closed = self.is_closed.load(Acquire);
+        refuse(worker);
+        if is_closed { Polled::Closed } else { Polled::Idle }
+    }
+
     /// Does some work of a worker. `None` if it panics: then the service fails.
-    pub(super) fn guard<T>(&self, worker: &str, work: impl FnOnce() -> T) -> Option<T> {
+    fn guard<T>(&self, worker: &str, work: impl FnOnce() -> T) -> Option<T> {
         // What a panic leaves half done is behind locks that are taken all the same, for draining; and nothing is pinned
         // any more.
         catch_unwind(AssertUnwindSafe(work)).map_err(|panic| self.fail(worker, said(&*panic))).ok()

@@ -63,16 +63,8 @@ impl<S: TableSpace, N: NotifyMap> SlotServer<S, N> {
     /// piece of each new one, for [`step_time`](crate::PinnerConfig::step_time) and one piece at most. Waits for nothing but
     /// map calls; and, where there is no room, for some to be made.
     pub fn poll_once(&mut self, clock: &dyn Clock) -> Polled {
-        if !self.service.refuses() {
-            let service = Arc::clone(&self.service);
-            if let Some(polled) = service.guard("a pin worker", || self.serve(clock)) {
-                return polled;
-            }
-        }
-        // Before the last look at the slots: what was there when it was closed is answered.
-        let is_closed = self.service.is_closed();
-        self.refuse();
-        if is_closed { Polled::Closed } else { Polled::Idle }
+        let service = Arc::clone(&self.service);
+        service.turn("a pin worker", self, |server| server.serve(clock), Self::refuse)
     }
 
     /// How many requests are in service: taken, and not answered yet.
