@@ -104,10 +104,28 @@ pub enum MapError {
     Other(i32),
 }
 
+/// What there is no room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shortage {
+    /// The mapper has no entries left, however few pages each has.
+    Mappings,
+    /// So many pages may not be pinned, in however few mappings.
+    Pages,
+}
+
 impl MapError {
     /// Whether freeing some mappings or pages can make the same call succeed.
     #[must_use]
     pub fn is_shortage(self) -> bool {
-        matches!(self, Self::NoEntries | Self::NoMemory)
+        self.shortage().is_some()
+    }
+
+    /// What it is that some has to be freed of.
+    pub(crate) fn shortage(self) -> Option<Shortage> {
+        match self {
+            Self::NoEntries => Some(Shortage::Mappings),
+            Self::NoMemory => Some(Shortage::Pages),
+            _ => None,
+        }
     }
 }

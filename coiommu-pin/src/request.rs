@@ -9,6 +9,8 @@ use coiommu_dtt::notify::{BatchHeader, NoEndpoint};
 use coiommu_dtt::{Bdf, Gpa, MemoryError, Request, RequestWord, TableMemory};
 use zerocopy::{FromZeros, IntoBytes};
 
+use crate::mapper::Shortage;
+
 /// The most pages of a batch that are served at once. Between pieces a worker looks at its other slots.
 pub const PIECE_PAGES: usize = 4096;
 
@@ -22,14 +24,57 @@ pub struct PinRequest {
     pub(crate) taken: Duration,
     /// Which activation it belongs to.
     pub(crate) activation: u64,
-    /// Room is made once a request.
-    pub(crate) made_room: bool,
+    pub(crate) room: Rooms,
     /// Whether to wait for RAM that went.
     pub(crate) waits: bool,
     /// What was read of a piece and is yet to be served.
     kept: Vec<u64>,
     pub(crate) asked: u64,
     pub(crate) failed: u64,
+}
+
+/// Whether room can be made where there is none for a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum MakeRoom {
+    Can,
+    /// It was, for the piece at hand. Once: a guest that does not count its pages would have them taken for it for ever.
+    Made,
+    /// There was less to be had than was needed: no other piece tries again.
+    NoMore,
+}
+
+/// The same, for each of what there may be no room for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rooms {
+    mappings: MakeRoom,
+    pages: MakeRoom,
+}
+
+impl Rooms {
+    pub(crate) fn can(&self, shortage: Shortage) -> bool {
+        let room = match shortage {
+            Shortage::Mappings => self.mappings,
+            Shortage::Pages => self.pages,
+        };
+        room == MakeRoom::Can
+    }
+
+    /// Room was made, or some of it.
+    pub(crate) fn made(&mut self, shortage: Shortage, is_enough: bool) {
+        let room = match shortage {
+            Shortage::Mappings => &mut self.mappings,
+            Shortage::Pages => &mut self.pages,
+        };
+        *room = if is_enough { MakeRoom::Made } else { MakeRoom::NoMore };
+    }
+
+    fn begin_piece(&mut self) {
+        for room in [&mut self.mappings, &mut self.pages] {
+            if *room == MakeRoom::Made {
+                *room = MakeRoom::Can;
+            }
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -122,8 +167,9 @@ impl PinRequest {
                 Rest::Page(gfn.raw())
             }
         };
-        let (made_room, waits, kept) = (false, true, Vec::new());
-        Ok(Self { word, rest, taken, activation, made_room, waits, kept, asked: 0, failed: 0 })
+        let room = Rooms { mappings: MakeRoom::Can, pages: MakeRoom::Can };
+        let (waits, kept) = (true, Vec::new());
+        Ok(Self { word, rest, taken, activation, room, waits, kept, asked: 0, failed: 0 })
     }
 
     /// What the slot held: what its answer replaces by 0.
@@ -162,6 +208,7 @@ impl PinRequest {
             self.kept.clear();
             return Ok(());
         }
+        self.room.begin_piece();
         if let Rest::Header(header) = self.rest {
             self.rest = read_header(header, mem, endpoints)?;
         }

@@ -2,6 +2,7 @@
 
 mod rig;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -359,6 +360,33 @@ fn room_is_made_at_once_for_all_that_a_request_needs() {
 }
 
 #[test]
+fn room_is_made_at_once_however_slow_mapping_is() {
+    // 70 in each of three blocks, of which none is done within a step; there is room for 30 more.
+    let pages = |from: u64| -> Vec<_> {
+        [0, 512, 1536].iter().flat_map(|block| (0..70).map(move |n| block + from + 3 * n)).collect()
+    };
+    let mut rig = Rig::new("extent=page");
+    rig.iommu.set_entry_limit(Some(240));
+    let slow = Slow(Cell::new(Duration::ZERO));
+    for from in [0, 1] {
+        let word = rig.word(&pages(from));
+        assert_eq!(rig.pinner.pin(word, &mut rig.scratch, &slow), PinResult::Pinned);
+    }
+    assert!(pages(1).iter().all(|&page| rig.is_pinned(page)));
+    assert_eq!(rig.pinner.counters().reclaims, 1);
+}
+
+/// A clock by which each look takes 30 ms: longer than a step.
+struct Slow(Cell<Duration>);
+
+impl Clock for Slow {
+    fn now(&self) -> Duration {
+        self.0.set(self.0.get() + Duration::from_millis(30));
+        self.0.get()
+    }
+}
+
+#[test]
 fn room_is_made_in_mappings_as_well_as_in_pages() {
     let mut rig = Rig::with_iommu("", SoftIommu::builder().entry_limit(Some(3)).build());
     for idle in [vec![0, 1, 2, 3, 4, 5, 6, 7], vec![600], vec![1600]] {
@@ -368,6 +396,27 @@ fn room_is_made_in_mappings_as_well_as_in_pages() {
     assert_eq!(rig.request(&[20, 700, 1700]), PinResult::Pinned);
     assert_eq!(rig.mapped_pages(), [20, 700, 1700]);
     assert_eq!(rig.pinner.counters().reclaims, 1);
+}
+
+#[test]
+fn room_is_made_of_what_is_wanting_alone() {
+    let mut rig = Rig::with_iommu("", SoftIommu::builder().entry_limit(Some(3)).build());
+    for idle in [0, 600, 1600] {
+        assert_eq!(rig.request(&[idle]), PinResult::Pinned);
+    }
+    // Twelve pages, but one mapping: one block's will do.
+    assert_eq!(rig.request(&(700..712).collect::<Vec<_>>()), PinResult::Pinned);
+    assert_eq!(rig.pinner.counters().pages_unpinned_for_room, 1);
+}
+
+#[test]
+fn room_is_made_of_both_where_both_are_wanting() {
+    let mut rig = Rig::with_iommu("quota=20k", SoftIommu::builder().entry_limit(Some(2)).build());
+    assert_eq!(rig.request(&[0, 1, 2, 3]), PinResult::Pinned);
+    assert_eq!(rig.request(&[600]), PinResult::Pinned);
+    // Five of the quota are pinned, in both of the mappings.
+    assert_eq!(rig.request(&[1000, 1536]), PinResult::Pinned);
+    assert_eq!(rig.mapped_pages(), [1000, 1536]);
 }
 
 #[test]

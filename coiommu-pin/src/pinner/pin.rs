@@ -7,6 +7,7 @@ use coiommu_dtt::RequestWord;
 use super::share::{Serving, Times};
 use super::unpin::Need;
 use super::{Clock, Pinner};
+use crate::mapper::Shortage;
 use crate::request::{PinRequest, Refusal, Scratch};
 use crate::space::TableSpace;
 
@@ -39,7 +40,7 @@ pub enum PinResult {
 enum Served {
     Step(Step),
     /// There is no room: some is to be made, with no lock held, before the piece is served again.
-    Short(Need),
+    Short(Shortage, Need),
 }
 
 impl<S: TableSpace> Pinner<S> {
@@ -60,18 +61,20 @@ impl<S: TableSpace> Pinner<S> {
     }
 
     /// Serves the next piece of a request, for [`PinnerConfig::step_time`](super::PinnerConfig::step_time) and one block's
-    /// map calls at most. Once a request, where there is no room, some is made in between, which may take until the
-    /// request's time is over.
+    /// map calls at most. Where there is no room, some is made in between, once a piece of mappings and of pages each, which may
+    /// take until the request's time is over; if it was not enough, what is left of the request does without.
     pub fn step(&self, request: &mut PinRequest, scratch: &mut Scratch, clock: &dyn Clock) -> Step {
-        let mut served = self.serve_piece(request, scratch, clock);
-        if let Served::Short(need) = served {
-            request.made_room = true;
-            let end = request.taken.saturating_add(self.config.request_time);
-            self.make_room(need, request.activation, &|| clock.roughly() >= end);
-            // At once, before others take the room.
-            served = self.serve_piece(request, scratch, clock);
-        }
-        let Served::Step(step) = served else { return Step::More };
+        let step = loop {
+            // At once after room was made, before others take it. Each shortage is met once, so this ends.
+            match self.serve_piece(request, scratch, clock) {
+                Served::Step(step) => break step,
+                Served::Short(shortage, need) => {
+                    let end = request.taken.saturating_add(self.config.request_time);
+                    let is_enough = self.make_room(need, request.activation, &|| clock.roughly() >= end);
+                    request.room.made(shortage, is_enough);
+                }
+            }
+        };
         if let Step::Done(result) = step {
             self.finish(request, result, clock);
         }
@@ -126,11 +129,11 @@ impl<S: TableSpace> Pinner<S> {
             return Served::Step(step);
         }
         let mut serving = Serving::new(self, &regions, dtt, &*view, times);
-        let piece = serving.pin_piece(!request.made_room, scratch.piece());
+        let piece = serving.pin_piece(request.room, scratch.piece());
         // The same again: pages that are pinned by now cost little then.
-        if let Some(need) = piece.short {
+        if let Some((shortage, need)) = piece.short {
             request.keep_piece(scratch, 0);
-            return Served::Short(need);
+            return Served::Short(shortage, need);
         }
         if piece.absent > 0 && may_wait && !piece.timed_out {
             request.keep_piece(scratch, 0);

@@ -120,9 +120,9 @@ impl<S: TableSpace> Pinner<S> {
         let is_same = |absent: &&AbsentRegion| absent.identity.is_some() && absent.identity == identity;
         let (same, other): (Vec<_>, Vec<_>) = returning.iter().partition(is_same);
         let (mut lost, need) = self.map_again(same.into_iter().flat_map(|absent| &absent.extents), bank);
-        if need.pages > 0 {
+        if !need.is_nothing() {
             let number = self.activation.read().number;
-            self.make_room(need, number, &|| false);
+            let _what_there_is = self.make_room(need, number, &|| false);
             (lost, _) = self.map_again(&lost, bank);
         }
         for extent in other.into_iter().flat_map(|absent| &absent.extents) {
@@ -150,8 +150,8 @@ impl<S: TableSpace> Pinner<S> {
                 let Err(error) = self.map_extent(no, &mut block, run.clone(), &bank.region, &mut tally) else {
                     continue;
                 };
-                if error.is_shortage() {
-                    need += Need { pages: run.len() as u64, mappings: 1 };
+                if let Some(shortage) = error.shortage() {
+                    need += Need::of(shortage, run.len() as u64, 1);
                 }
                 lost.push(gfns_of(no, run));
             }

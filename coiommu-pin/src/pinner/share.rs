@@ -12,12 +12,13 @@ use super::leaves::{Words, words_of};
 use super::mapping::Tally;
 use super::unpin::Need;
 use super::{Clock, Pinner};
-use crate::mapper::MapError;
+use crate::mapper::{MapError, Shortage};
 use crate::page_set::{BLOCK_PAGES, PageSet};
 use crate::pin_map::{Block, BlockNo};
 use crate::policy::ExtentPolicy;
 use crate::prefetch::prefetch;
 use crate::region_table::{Bank, Regions};
+use crate::request::Rooms;
 use crate::space::{Memory, TableSpace};
 use crate::sync::Mutex;
 
@@ -35,7 +36,7 @@ pub(super) struct Piece {
     pub(super) absent: u64,
     pub(super) timed_out: bool,
     /// It ended for want of room.
-    pub(super) short: Option<Need>,
+    pub(super) short: Option<(Shortage, Need)>,
 }
 
 /// What became of a share of a piece.
@@ -48,7 +49,7 @@ enum Outcome {
     /// So many pages have no RAM, or their table has none, that may come back; so many others failed.
     Absent { absent: u64, failed: u64 },
     /// So many pages failed, and so many more for want of room.
-    Short { failed: u64, short: Need },
+    Short { failed: u64, missing: u64, shortage: Shortage, need: Need },
     /// The guest has given up, or is about to: nothing more is pinned, and so many pages are not.
     TimedOut(u64),
 }
@@ -132,7 +133,7 @@ pub(super) struct Serving<'s, S: TableSpace> {
     times: Times<'s>,
     tally: Tally<'s>,
     /// There is no room, and some will be made: nothing more is mapped.
-    is_short: bool,
+    short: Option<Shortage>,
 }
 
 type Word<S> = <Memory<S> as TableMemory>::U32;
@@ -146,19 +147,11 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         times: Times<'s>,
     ) -> Self {
         let around = Around { gfns: 0..0, bank: None };
-        Self {
-            pinner,
-            regions,
-            around,
-            walker: Walker::new(dtt, mem),
-            times,
-            tally: Tally::new(pinner),
-            is_short: false,
-        }
+        Self { pinner, regions, around, walker: Walker::new(dtt, mem), times, tally: Tally::new(pinner), short: None }
     }
 
     /// Pins the pages of a sorted piece, until its end or a time's, or until room is to be made.
-    pub(super) fn pin_piece(&mut self, may_make_room: bool, mut rest: &[u64]) -> Piece {
+    pub(super) fn pin_piece(&mut self, room: Rooms, mut rest: &[u64]) -> Piece {
         let mut piece = Piece::default();
         let mut shares = ArrayVec::<_, BLOCKS_AHEAD>::new();
         while !rest.is_empty() {
@@ -169,19 +162,20 @@ impl<'s, S: TableSpace> Serving<'s, S> {
             }
             shares.iter().for_each(Share::fetch_leaves);
             for share in &shares {
-                if piece.served > 0 && self.times.is_pause.get() {
+                // How much room is needed is found out to the end: that takes no time to speak of, and it is made once.
+                if piece.served > 0 && self.times.is_pause.get() && self.short.is_none() {
                     return piece;
                 }
                 piece.served += share.gfns.len();
                 match self.pin_share(share) {
                     Outcome::Pinned => {}
                     Outcome::Failed(failed) => piece.failed += failed,
-                    Outcome::Short { short, .. } if may_make_room => {
+                    Outcome::Short { shortage, need, .. } if room.can(shortage) => {
                         // From here on nothing is mapped: it is found out how much room the rest needs.
-                        self.is_short = true;
-                        *piece.short.get_or_insert_default() += short;
+                        self.short = Some(shortage);
+                        piece.short.get_or_insert((shortage, Need::default())).1 += need;
                     }
-                    Outcome::Short { failed, short } => piece.failed += failed + short.pages,
+                    Outcome::Short { failed, missing, .. } => piece.failed += failed + missing,
                     Outcome::Absent { absent, failed } => {
                         piece.absent += absent;
                         piece.failed += failed;
@@ -247,13 +241,14 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         let mut block = place.block.lock();
         let held = self.pinner.holds.pages_of(place.no);
         // Most shares are one run of pages of which none is mapped.
-        if let Some(run) = whole_run(share.gfns).filter(|_| held.is_none() && !self.is_short && !self.speculates())
+        if let Some(run) =
+            whole_run(share.gfns).filter(|_| held.is_none() && self.short.is_none() && !self.speculates())
             && block.mapped().has_none_of(run.clone())
         {
             return self.pin_new_run(place, &mut block, words, share.gfns, run);
         }
         let before = *block.mapped();
-        let mut mapping = Mapping { place, held, failed: PageSet::EMPTY, is_short: self.is_short };
+        let mut mapping = Mapping { place, held, failed: PageSet::EMPTY, short: self.short };
         self.map_missing(&mut mapping, &mut block, share.gfns);
         self.end_share(&mapping, &mut block, words, share.gfns, before)
     }
@@ -274,7 +269,7 @@ impl<'s, S: TableSpace> Serving<'s, S> {
             let tried = at..at + pages;
             at = tried.end;
             if let Err(error) = self.map_extent(place, block, tried.clone()) {
-                let mut mapping = Mapping { place, held: None, failed: PageSet::EMPTY, is_short: false };
+                let mut mapping = Mapping { place, held: None, failed: PageSet::EMPTY, short: None };
                 self.refused(&mut mapping, block, tried, error);
                 if at < run.end {
                     self.map_gap(&mut mapping, block, at..run.end);
@@ -352,17 +347,16 @@ impl<'s, S: TableSpace> Serving<'s, S> {
     /// What became of a share of which some pages are not mapped.
     fn what_is_missing(&self, mapping: &Mapping<'_, 's, Word<S>>, missing: PageSet) -> Outcome {
         let may_be_short = missing - mapping.failed - mapping.held.unwrap_or_default();
-        let short = if mapping.is_short { may_be_short } else { PageSet::EMPTY };
-        let failed = (missing - short).len();
-        if short.is_empty() {
-            return if failed == 0 { Outcome::Pinned } else { Outcome::Failed(failed) };
-        }
+        let (Some(shortage), false) = (mapping.short, may_be_short.is_empty()) else {
+            return if missing.is_empty() { Outcome::Pinned } else { Outcome::Failed(missing.len()) };
+        };
+        let (short, failed) = (may_be_short, (missing - may_be_short).len());
         let pages = short.len();
         let mappings = match self.pinner.config.policy.extent {
             ExtentPolicy::Page => pages,
             ExtentPolicy::Run | ExtentPolicy::Aligned(_) => short.runs().count() as u64,
         };
-        Outcome::Short { failed, short: Need { pages, mappings } }
+        Outcome::Short { failed, missing: pages, shortage, need: Need::of(shortage, pages, mappings) }
     }
 
     /// Maps adjacent pages that are not mapped and not held, in extents as the policy says.
@@ -373,7 +367,7 @@ impl<'s, S: TableSpace> Serving<'s, S> {
             ExtentPolicy::Aligned(size) => {
                 let mut at = gap.start;
                 while let Some(left) = block.mapped().gap_in(at..gap.end) {
-                    if mapping.is_short {
+                    if mapping.short.is_some() {
                         return;
                     }
                     if !self.map_around(mapping, block, left.start, size.pages()) {
@@ -387,7 +381,7 @@ impl<'s, S: TableSpace> Serving<'s, S> {
 
     /// Maps a run as one extent.
     fn map_run(&mut self, mapping: &mut Mapping<'_, 's, Word<S>>, block: &mut Block, run: Range<usize>) {
-        if mapping.is_short {
+        if mapping.short.is_some() {
             return;
         }
         if let Err(error) = self.map_extent(mapping.place, block, run.clone()) {
@@ -404,7 +398,7 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         error: MapError,
     ) {
         match error {
-            error if error.is_shortage() => mapping.is_short = true,
+            error if error.is_shortage() => mapping.short = error.shortage(),
             _ if extent.len() == 1 => mapping.failed.insert(extent),
             _ => self.map_singly(mapping, block, extent),
         }
@@ -442,7 +436,7 @@ struct Mapping<'a, 's, W> {
     /// Pages that cannot be mapped, whatever room there is.
     failed: PageSet,
     /// There is no room: nothing more is tried.
-    is_short: bool,
+    short: Option<Shortage>,
 }
 
 /// How many of some sorted gfns, each of which is there once, are below `end`; at least one.

@@ -7,6 +7,7 @@ use coiommu_dtt::Dtt;
 
 use super::Pinner;
 use super::leaves::Leaves;
+use crate::mapper::Shortage;
 use crate::page_set::PageSet;
 use crate::pin_map::{Block, BlockNo, Spot};
 use crate::policy::Policy;
@@ -68,8 +69,22 @@ pub(super) enum NotNow {
 /// How much room is needed.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Need {
-    pub(super) pages: u64,
-    pub(super) mappings: u64,
+    pages: u64,
+    mappings: u64,
+}
+
+impl Need {
+    /// For so many pages in so many mappings, of what there is too little of: the other may be there in plenty.
+    pub(super) fn of(shortage: Shortage, pages: u64, mappings: u64) -> Self {
+        match shortage {
+            Shortage::Mappings => Self { pages: 0, mappings },
+            Shortage::Pages => Self { pages, mappings: 0 },
+        }
+    }
+
+    pub(super) const fn is_nothing(self) -> bool {
+        self.pages == 0 && self.mappings == 0
+    }
 }
 
 impl AddAssign for Need {
@@ -193,10 +208,10 @@ impl<S: TableSpace> Pinner<S> {
 
     /// Frees idle extents until there is room, and at least 1/64 of the mappings: first those that were not accessed
     /// since they aged. Goes on where it ended the last time, for as long as the activation with this number lasts. Called
-    /// with no lock held, but for that of changing regions.
-    pub(super) fn make_room(&self, need: Need, activation: u64, is_over: &dyn Fn() -> bool) {
+    /// with no lock held, but for that of changing regions. False: there is less than is needed.
+    pub(super) fn make_room(&self, need: Need, activation: u64, is_over: &dyn Fn() -> bool) -> bool {
         self.counts.reclaims.add(1);
-        let need = Need { mappings: need.mappings.max(self.totals.mappings() / 64), ..need };
+        let wanted = Need { mappings: need.mappings.max(self.totals.mappings() / 64), ..need };
         let start = *self.room_hand.lock();
         let mut room = Room::default();
         for ask in [Ask::IdleOnly, Ask::Uncounted] {
@@ -205,7 +220,7 @@ impl<S: TableSpace> Pinner<S> {
                     if spot.first >= part.end {
                         return ControlFlow::Break(false);
                     }
-                    if room.is_enough(need) || is_over() {
+                    if room.is_enough(wanted) || is_over() {
                         *self.room_hand.lock() = spot.first;
                         return ControlFlow::Break(true);
                     }
@@ -217,14 +232,15 @@ impl<S: TableSpace> Pinner<S> {
                     ControlFlow::Continue(())
                 });
                 if stopped == ControlFlow::Break(true) {
-                    return;
+                    return room.is_enough(need);
                 }
             }
             if !room.any_uncounted {
                 // Everything is in use: a second pass would find no more.
-                return;
+                break;
             }
         }
+        room.is_enough(need)
     }
 
     /// Frees what may go of one block.
