@@ -8,6 +8,7 @@ use std::time::Duration;
 use coiommu_dtt::PAGE_SIZE;
 
 use crate::page_set::BLOCK_PAGES;
+use crate::request::PIECE_PAGES;
 
 /// How a pinner pins and unpins. Written as `key=value` pairs with commas between, as in
 /// `extent=run,unpin_policy=lru,unpin_interval=1`; what is not named has its default.
@@ -144,6 +145,19 @@ impl Policy {
     pub fn tick_interval(&self) -> Option<Duration> {
         let ticks = self.unpin_policy == UnpinPolicy::Lru && !self.unpin_interval.is_zero();
         ticks.then_some(self.unpin_interval)
+    }
+
+    /// The fewest mappings that it can do with, for a guest with so many bytes of RAM: one for each page of a request's piece,
+    /// 4,096, in which no two may share one; or for all that may be pinned at once, where that is less. Where there are no
+    /// more, room is made.
+    #[must_use]
+    pub fn mappings_needed(&self, ram: u64) -> u64 {
+        let extent = match self.extent {
+            ExtentPolicy::Page | ExtentPolicy::Run => PAGE_SIZE,
+            ExtentPolicy::Aligned(size) => size.bytes(),
+        };
+        let pinned = self.quota.map_or(ram, |quota| quota.min(ram));
+        pinned.div_ceil(extent).min(PIECE_PAGES as u64)
     }
 
     /// The most pages that are pinned at once.
@@ -388,6 +402,17 @@ mod tests {
         let never = Policy { unpin_policy: UnpinPolicy::Lru, unpin_interval: Duration::ZERO, ..Policy::default() };
         assert_eq!(never.tick_interval(), None);
         assert_eq!(interval("unpin_policy=off,unpin_interval=2"), None);
+    }
+
+    #[test]
+    fn mappings_are_needed_for_a_piece_or_for_all() {
+        let needed = |text: &str, ram| text.parse::<Policy>().unwrap().mappings_needed(ram);
+        assert_eq!(needed("extent=aligned=2m", 128 << 30), 4_096);
+        assert_eq!(needed("extent=aligned=2m", 2 << 30), 1_024);
+        assert_eq!(needed("extent=aligned=2m,quota=1g", 128 << 30), 512);
+        assert_eq!(needed("extent=aligned=64k", (128 << 20) + 1), 2_049);
+        assert_eq!(needed("extent=run", 128 << 30), 4_096);
+        assert_eq!(needed("extent=page,quota=1m", 128 << 30), 256);
     }
 
     #[test]
