@@ -37,14 +37,20 @@
 //! # Navigating
 //!
 //! * [`soft`]: the IOMMU in software. It needs no hardware, no privilege and no VFIO crate.
+//! * `type1` (feature `type1`): the kernel's VFIO container, and the devices in it.
 //!
 //! What every mapper must keep is [`DmaMapper`]'s documentation and, as a suite of tests, `coiommu_pin::contract`;
 //! `tests/contract.rs` runs it.
 
 pub mod soft;
 mod sync;
+#[cfg(feature = "type1")]
+pub mod type1;
 
 pub use coiommu_pin::{Backing, DmaMapper, FileBacking, Limits, MapError};
+
+#[cfg(feature = "type1")]
+pub use type1::Type1;
 
 pub use soft::{Access, Builder, Call, Calls, DEFAULT_ENTRY_LIMIT, DmaFault, FAULTS_KEPT, SoftIommu, Translation};
 
