@@ -49,6 +49,9 @@ enum Step {
     Miri,
     /// Each fuzz target for half a minute, from its corpus
     Fuzz,
+    /// The hardware tests, on a real kernel's VFIO in a virtual machine
+    #[value(name = "qemu-vfio")]
+    QemuVfio,
     /// The pinner is as fast, beside others, as it should be on a busy machine
     Bench,
 }
@@ -57,7 +60,7 @@ enum Step {
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.list {
         for value in Step::value_variants().iter().filter_map(Step::to_possible_value) {
-            println!("{:8} {}", value.get_name(), value.get_help().cloned().unwrap_or_default());
+            println!("{:9} {}", value.get_name(), value.get_help().cloned().unwrap_or_default());
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -92,6 +95,7 @@ impl Step {
             Self::Loom => step::run("cargo xtask loom"),
             Self::Miri => step::run("cargo xtask miri --quick"),
             Self::Fuzz => step::run("cargo xtask fuzz --all --seconds 30"),
+            Self::QemuVfio => step::run("cargo xtask qemu-test vfio"),
             Self::Bench => step::run("cargo xtask bench-check"),
         }
     }

@@ -6,8 +6,12 @@ mod fuzz;
 mod loom;
 mod miri;
 mod nightly;
+mod paths;
+mod qemu_test;
+mod record_trace;
 mod step;
 mod tsan;
+mod vm;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -29,7 +33,8 @@ use clap::Parser;
   cargo xtask miri --quick      the tests that Miri can run, few cases of each
   cargo xtask tsan              the pinner's stress test under ThreadSanitizer
   cargo xtask fuzz --all        each fuzz target for a minute
-  cargo xtask bench-check       how fast the pinner is beside others"
+  cargo xtask bench-check       how fast the pinner is beside others
+  cargo xtask qemu-test vfio    coiommu-vfio on a real kernel's VFIO, in a virtual machine"
 )]
 enum Task {
     Ci(ci::Args),
@@ -38,6 +43,8 @@ enum Task {
     Tsan(tsan::Args),
     BenchCheck(bench_check::Args),
     Miri(miri::Args),
+    QemuTest(qemu_test::Args),
+    RecordTrace(record_trace::Args),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -53,5 +60,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Task::Tsan(args) => tsan::run(&args),
         Task::BenchCheck(args) => bench_check::run(&args),
         Task::Miri(args) => miri::run(&args),
+        Task::QemuTest(args) => qemu_test::run(&args),
+        Task::RecordTrace(args) => record_trace::run(&args),
     }
 }

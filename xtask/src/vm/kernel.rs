@@ -1,0 +1,289 @@
+//! A kernel with its modules.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, bail, ensure};
+
+use super::packages::{self, Packages};
+use super::{FOLDER, tools};
+use crate::step;
+
+/// The package that names Debian's kernel.
+const PACKAGE: &str = "linux-image-amd64";
+/// The oldest that has the trace events of DMA.
+const OLDEST: (u32, u32) = (6, 12);
+
+/// A kernel with its modules, in a folder as Debian's packages fill it.
+#[derive(Debug)]
+pub(crate) struct Kernel {
+    root: PathBuf,
+    version: String,
+}
+
+impl Kernel {
+    /// The kernel that is named, in a package file or a folder; otherwise the one that was fetched before, or Debian's.
+    pub(crate) fn find(named: Option<&Path>) -> anyhow::Result<Self> {
+        let kernel = match named {
+            Some(file) if file.extension() == Some(OsStr::new("deb")) => {
+                Self::in_folder(unpacked(file, &Path::new(FOLDER).join("named"), packages::unpack)?)
+            }
+            Some(folder) => Self::in_folder(folder.to_owned()),
+            None => Self::in_folder(fetched()?),
+        }?;
+        // A package comes without; on a machine where it is installed, they are there.
+        if !kernel.modules().join("modules.dep").is_file() {
+            kernel.depmod(&kernel.root)?;
+        }
+        Ok(kernel)
+    }
+
+    fn in_folder(root: PathBuf) -> anyhow::Result<Self> {
+        let images = fs::read_dir(root.join("boot")).with_context(|| format!("no kernel in {}", root.display()))?;
+        let root = root.canonicalize()?;
+        link_modules(&root)?;
+        let name = |entry: fs::DirEntry| entry.file_name().into_string().ok();
+        let version = |name: String| name.strip_prefix("vmlinuz-").map(ToOwned::to_owned);
+        let has_modules = |version: &String| root.join("lib/modules").join(version).is_dir();
+        let versions = images.flatten().filter_map(name).filter_map(version).filter(has_modules);
+        let mut versions: Vec<_> = versions.collect();
+        match versions.len() {
+            1 => Ok(Self { version: versions.remove(0), root }),
+            0 => bail!("{}: no boot/vmlinuz-VERSION with a lib/modules/VERSION", root.display()),
+            _ => bail!("{}: which one? {}; name a package file", root.display(), versions.join(", ")),
+        }
+    }
+
+    pub(crate) fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// The file to boot.
+    pub(crate) fn image(&self) -> PathBuf {
+        self.root.join("boot").join(format!("vmlinuz-{}", self.version))
+    }
+
+    /// The folder of its modules.
+    fn modules(&self) -> PathBuf {
+        self.root.join("lib/modules").join(&self.version)
+    }
+
+    /// Copies some modules into a root file system, and those that they need.
+    pub(crate) fn install_modules(&self, names: &[&str], to: &Path) -> anyhow::Result<()> {
+        let modules = self.modules().canonicalize()?;
+        let target = to.join("lib/modules").join(&self.version);
+        fs::create_dir_all(&target)?;
+        link_modules(to)?;
+        for list in ["modules.order", "modules.builtin", "modules.builtin.modinfo"] {
+            fs::copy(modules.join(list), target.join(list)).with_context(|| format!("no {list} of this kernel"))?;
+        }
+        for name in names {
+            for file in self.closure(name)? {
+                let within = file.strip_prefix(&modules).with_context(|| format!("{} is elsewhere", file.display()))?;
+                install_module(&file, &target.join(within))?;
+            }
+        }
+        self.depmod(to)
+    }
+
+    /// Whether it has a module of that name, or that built in.
+    pub(crate) fn knows(&self, name: &str) -> bool {
+        self.closure(name).is_ok()
+    }
+
+    /// The files of a module and of those that it needs; none if it is built in.
+    fn closure(&self, name: &str) -> anyhow::Result<Vec<PathBuf>> {
+        let mut command = Command::new(tools::of_system("modprobe"));
+        command.arg("-d").arg(&self.root).args(["-S", &self.version, "--show-depends", name]);
+        let lines = step::output_of(&mut command, &format!("modprobe --show-depends {name}"))?;
+        let file = |line: &str| Some(PathBuf::from(line.strip_prefix("insmod ")?.split_whitespace().next()?));
+        lines.lines().filter_map(file).map(|file| Ok(file.canonicalize()?)).collect()
+    }
+
+    fn depmod(&self, root: &Path) -> anyhow::Result<()> {
+        let mut command = Command::new(tools::of_system("depmod"));
+        step::output_of(command.arg("-b").arg(root).arg(&self.version), "depmod").map(drop)
+    }
+}
+
+/// Makes modules be found in lib and in usr/lib. Which of them a package fills depends on its release, and where
+/// modprobe and depmod look depends on theirs.
+fn link_modules(root: &Path) -> anyhow::Result<()> {
+    for (has, lacks, link) in [
+        ("usr/lib/modules", "lib/modules", "../usr/lib/modules"),
+        ("lib/modules", "usr/lib/modules", "../../lib/modules"),
+    ] {
+        let lacks = root.join(lacks);
+        if root.join(has).is_dir() && !lacks.exists() {
+            lacks.parent().map_or(Ok(()), fs::create_dir_all)?;
+            symlink(link, &lacks).with_context(|| format!("cannot make the link {}", lacks.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Where a package file is unpacked, in a folder of such: anew, if it is not the one that was unpacked there before.
+fn unpacked(
+    file: &Path,
+    folder: &Path,
+    unpack: impl FnOnce(&Path, &Path) -> anyhow::Result<()>,
+) -> anyhow::Result<PathBuf> {
+    let is = fs::metadata(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let origin = format!("{}\n{} bytes\n{:?}\n", file.display(), is.len(), is.modified()?);
+    let root = folder.join(file.file_stem().unwrap_or_default());
+    // Written last: what is without was not finished.
+    let of = root.join("unpacked-from");
+    if fs::read_to_string(&of).is_ok_and(|before| before == origin) {
+        return Ok(root);
+    }
+    if root.exists() {
+        fs::remove_dir_all(&root).with_context(|| format!("cannot remove {}", root.display()))?;
+    }
+    unpack(file, &root)?;
+    fs::write(&of, origin).with_context(|| format!("cannot write {}", of.display()))?;
+    Ok(root)
+}
+
+/// Copies a module, unpacked.
+fn install_module(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let unpack = match from.extension().and_then(OsStr::to_str) {
+        Some("xz") => "xz",
+        Some("zst") => "zstd",
+        _ => "cat",
+    };
+    let to = if unpack == "cat" { to.to_owned() } else { to.with_extension("") };
+    fs::create_dir_all(to.parent().context("a module in no folder")?)?;
+    let mut command = Command::new(unpack);
+    if unpack != "cat" {
+        command.args(["-d", "-c"]);
+    }
+    let status = command.arg(from).stdout(fs::File::create(&to)?).status();
+    let status = status.with_context(|| format!("cannot run {unpack}"))?;
+    ensure!(status.success(), "{unpack} {}: {status}", from.display());
+    Ok(())
+}
+
+/// The folder of Debian's kernel: the one that was fetched before, or the oldest of this release and its backports that is
+/// new enough.
+fn fetched() -> anyhow::Result<PathBuf> {
+    let kernels = Path::new(FOLDER).join("kernels");
+    let before = fs::read_dir(&kernels).into_iter().flatten().flatten().map(|entry| entry.path());
+    if let Some(before) = before.max() {
+        return Ok(before);
+    }
+    let packages = Packages::update()?;
+    let versions = packages.versions(PACKAGE)?;
+    let version = oldest_that_will_do(&versions).with_context(|| {
+        format!(
+            "{PACKAGE} has versions {}: none is {}.{} or newer; see --kernel",
+            versions.join(", "),
+            OLDEST.0,
+            OLDEST.1
+        )
+    })?;
+    let depends = packages.depends(PACKAGE, version)?;
+    let image = depends.iter().find(|name| name.starts_with("linux-image-"));
+    let image = image.with_context(|| format!("{PACKAGE} {version} depends on no kernel"))?;
+    let root = kernels.join(image);
+    packages.unpack(image, Some(version), &root)?;
+    Ok(root)
+}
+
+fn oldest_that_will_do(versions: &[String]) -> Option<&str> {
+    let number = |version: &str| -> Option<(u32, u32)> {
+        let mut parts = version.split(['.', '-', '~', '+']);
+        Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+    };
+    let numbers = versions.iter().filter_map(|version| Some((number(version)?, version)));
+    numbers.filter(|(number, _)| *number >= OLDEST).min().map(|(_, version)| version.as_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_kernel_with_dma_events_will_do() {
+        let of = |versions: &[&str]| {
+            let versions: Vec<_> = versions.iter().map(|&version| version.to_owned()).collect();
+            oldest_that_will_do(&versions).map(ToOwned::to_owned)
+        };
+        assert_eq!(of(&["6.1.176-1", "6.12.95-1~bpo12+1"]).as_deref(), Some("6.12.95-1~bpo12+1"));
+        assert_eq!(of(&["7.3.1-1~bpo13+1", "6.12.48-1"]).as_deref(), Some("6.12.48-1"));
+        assert_eq!(of(&["6.1.176-1", "6.9.7-1", "strange"]), None);
+    }
+
+    #[test]
+    fn a_folder_has_one_kernel_with_its_modules() {
+        let folder = tempfile::tempdir().unwrap();
+        let find = || Kernel::in_folder(folder.path().to_owned());
+        assert!(find().unwrap_err().to_string().starts_with("no kernel in "));
+        for (version, has_modules) in [("6.1", false), ("6.12", true), ("7.3", true)] {
+            fs::create_dir_all(folder.path().join("boot")).unwrap();
+            fs::write(folder.path().join("boot/vmlinuz-").with_file_name(format!("vmlinuz-{version}")), "").unwrap();
+            if has_modules {
+                fs::create_dir_all(folder.path().join("lib/modules").join(version)).unwrap();
+            }
+            match version {
+                "6.1" => assert!(find().unwrap_err().to_string().contains("no boot/vmlinuz-VERSION")),
+                "6.12" => assert_eq!(find().unwrap().version(), "6.12"),
+                _ => assert!(find().unwrap_err().to_string().contains("which one? ")),
+            }
+        }
+    }
+
+    #[test]
+    fn modules_are_found_in_lib_and_in_usr_lib() {
+        for (has, lacks, has_both) in [
+            ("lib/modules", "usr/lib/modules", false),
+            ("usr/lib/modules", "lib/modules", false),
+            ("usr/lib/modules", "lib/modules", true),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let root = folder.path();
+            fs::create_dir_all(root.join("boot")).unwrap();
+            fs::write(root.join("boot/vmlinuz-7.3"), "").unwrap();
+            fs::create_dir_all(root.join(has).join("7.3")).unwrap();
+            fs::write(root.join(has).join("7.3/modules.order"), has).unwrap();
+            if has_both {
+                // Each has something of the package.
+                fs::create_dir_all(root.join("lib/firmware")).unwrap();
+            }
+            for _ in 0..2 {
+                let kernel = Kernel::in_folder(root.to_owned()).unwrap();
+                assert_eq!(fs::read_to_string(kernel.modules().join("modules.order")).unwrap(), has);
+                assert_eq!(fs::read_to_string(root.join(lacks).join("7.3/modules.order")).unwrap(), has);
+            }
+        }
+    }
+
+    #[test]
+    fn a_package_file_that_has_changed_is_unpacked_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("linux.deb");
+        let named = folder.path().join("named");
+        // Unpacking here is copying.
+        let mut unpacks = 0;
+        let mut find = || {
+            let unpack = |from: &Path, to: &Path| {
+                unpacks += 1;
+                fs::create_dir_all(to)?;
+                ensure!(!to.join("kernel").exists(), "the old one is in the way");
+                fs::copy(from, to.join("kernel")).map(drop).context("cannot copy")
+            };
+            let root = unpacked(&file, &named, unpack).map_err(|error| format!("{error:#}"))?;
+            Ok::<_, String>((fs::read_to_string(root.join("kernel")).unwrap(), unpacks))
+        };
+        assert!(find().unwrap_err().starts_with("cannot read "));
+        fs::write(&file, "one").unwrap();
+        assert_eq!(find().unwrap(), ("one".to_owned(), 1));
+        assert_eq!(find().unwrap(), ("one".to_owned(), 1));
+        fs::write(&file, "another").unwrap();
+        assert_eq!(find().unwrap(), ("another".to_owned(), 2));
+        fs::remove_file(named.join("linux/unpacked-from")).unwrap();
+        assert_eq!(find().unwrap(), ("another".to_owned(), 3), "the last one did not finish");
+    }
+}
