@@ -13,9 +13,10 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use coiommu_dtt::leaf::Mapped;
+use coiommu_pin::RamRegion;
 use coiommu_pin::pinner::{PinResult, Pinner, PinnerConfig};
 use coiommu_pin::request::Scratch;
-use coiommu_pin::{Backing, DmaMapper, Limits, MapError, RamRegion};
+use rig::nothing::Nothing;
 use rig::{Rig, Space, TestClock, gfn};
 
 /// The system's allocator; counts what each thread asks for.
@@ -51,24 +52,6 @@ fn allocations(work: impl FnOnce()) -> u64 {
 
 /// Single pages, a run, a run over two blocks, and scattered pages out of order with one twice.
 const REQUESTS: [&[u64]; 4] = [&[7], &[20, 21, 22, 23], &[510, 511, 512, 513], &[2000, 40, 900, 1600, 41, 900, 0]];
-
-/// Maps nothing, and allocates nothing either.
-#[derive(Debug)]
-struct Nothing;
-
-impl DmaMapper for Nothing {
-    unsafe fn map(&self, _iova: u64, _backing: Backing<'_>, _len: u64) -> Result<(), MapError> {
-        Ok(())
-    }
-
-    fn unmap(&self, _iova: u64, len: u64) -> Result<u64, MapError> {
-        Ok(len)
-    }
-
-    fn limits(&self) -> Limits {
-        Limits { page_sizes: 4096, iova_ranges: vec![0..=u64::MAX], mappings_left: None }
-    }
-}
 
 /// A pinner for a rig's guest, without the rig's mapper.
 fn pinner(rig: &Rig, policy: &str) -> Pinner<Space> {

@@ -13,8 +13,9 @@ use coiommu_dtt::{Bdf, Gpa, Request, RequestWord};
 use coiommu_pin::pinner::{Clock, Drain, PinResult, Pinner, PinnerConfig, PinnerError, Step, UnpinStep};
 use coiommu_pin::region::RegionError;
 use coiommu_pin::request::{Refusal, Scratch};
-use coiommu_pin::{Backing, DmaMapper, Limits, MapError, RamRegion};
+use coiommu_pin::{Backing, DmaMapper, MapError, RamRegion};
 use coiommu_vfio::{Call, SoftIommu};
+use rig::nothing::Nothing;
 use rig::{PAGE, RAM, Rig, gfn};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -466,6 +467,22 @@ fn parking_nests_and_stops_ticks_and_forced_unpins() {
 }
 
 #[test]
+fn each_hold_holds_whatever_others_there_are() {
+    let mut rig = Rig::new("extent=page");
+    let mut holds: Vec<_> = [0, 600, 1600].into_iter().map(|page| (page, rig.force(&(page..page + 1)).1)).collect();
+    // The outer ones first: the one between is left to itself, and then there is none.
+    for last in [0, 1600, 600] {
+        for page in [0, 20, 600, 700, 1600, 1700] {
+            let is_held = holds.iter().any(|(held, _)| *held == page);
+            let wanted = if is_held { PinResult::Failed } else { PinResult::Pinned };
+            assert_eq!(rig.request(&[page]), wanted, "page {page} with holds {holds:?}");
+        }
+        holds.retain(|(held, _)| *held != last);
+    }
+    assert_eq!(rig.request(&[0, 600, 1600]), PinResult::Pinned);
+}
+
+#[test]
 fn a_forced_unpin_tells_of_its_range_and_counts_all_it_unmaps() {
     let mut rig = Rig::new("extent=run");
     assert_eq!(rig.request(&[10, 11, 12, 13, 20]), PinResult::Pinned);
@@ -839,25 +856,6 @@ fn an_iommu_without_small_pages_is_refused() {
     let memory = Arc::new(GuestMemoryMmap::<()>::new());
     let config = PinnerConfig::new("".parse().unwrap(), vec![]);
     assert_eq!(Pinner::new(memory, Arc::new(iommu), config).unwrap_err(), PinnerError::PageSize(1 << 16));
-}
-
-/// A mapper that does nothing, for what would be much memory.
-#[derive(Debug)]
-struct Nothing;
-
-impl DmaMapper for Nothing {
-    #[allow(unsafe_code, reason = "it promises nothing and does nothing")]
-    unsafe fn map(&self, _iova: u64, _backing: Backing<'_>, _len: u64) -> Result<(), MapError> {
-        Ok(())
-    }
-
-    fn unmap(&self, _iova: u64, len: u64) -> Result<u64, MapError> {
-        Ok(len)
-    }
-
-    fn limits(&self) -> Limits {
-        Limits { page_sizes: PAGE, iova_ranges: vec![0..=u64::MAX], mappings_left: None }
-    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! | file | what is there |
 //! | --- | --- |
 //! | `mod.rs` | [`Bed`]: sparse guest memory, a table whose pages are there before anything is timed, requests |
-//! | `mappers.rs` | a mapper that does nothing |
+//! | `nothing.rs` | a mapper that does nothing, of the tests' rig |
 //! | `uring.rs` | a mapper that really pins, through io_uring |
 //! | `ours.rs` | the pinner of this crate, called as a worker calls it |
 //! | `rival.rs` | a plain pinner, page by page |
@@ -15,7 +15,8 @@
 pub(crate) mod contest;
 mod drain;
 mod floor;
-mod mappers;
+#[path = "../../tests/rig/nothing.rs"]
+mod nothing;
 pub(crate) mod ours;
 mod pins;
 mod rival;

@@ -10,7 +10,7 @@ use coiommu_vfio::SoftIommu;
 use super::contest::{Contender, Scene};
 use super::drain::Drain;
 use super::floor::FlatTable;
-use super::mappers::Nothing;
+use super::nothing::Nothing;
 use super::ours::{self, Worker};
 use super::pins::{Floor, Ours, Pins, Sets};
 use super::rival::Rival;

@@ -12,7 +12,7 @@ use coiommu_pin::Pinner;
 use coiommu_pin::pinner::UnpinStep;
 
 use super::contest::Contender;
-use super::mappers::Nothing;
+use super::nothing::Nothing;
 use super::ours::{self, Worker};
 use super::{Batch, Bed, PINNED, Space};
 

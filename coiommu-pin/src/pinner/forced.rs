@@ -13,7 +13,7 @@ use crate::page_set::PageSet;
 use crate::pin_map::{self, BlockNo, Spot};
 use crate::space::TableSpace;
 use crate::sync::Mutex;
-use crate::sync::atomic::AtomicUsize;
+use crate::sync::atomic::AtomicU64;
 
 /// How many blocks one step of a forced unpin works on.
 const STEP_BLOCKS: usize = 64;
@@ -85,8 +85,11 @@ impl Drop for Hold {
 /// The ranges that are held.
 #[derive(Debug, Default)]
 pub(super) struct Holds {
-    /// How many there are. Release and acquire: whoever locks a block after the holder has locked it sees the hold.
-    count: AtomicUsize,
+    /// From the first page that is held to the end of the last; nothing, if the end is not behind it. Written with the list
+    /// locked. Whoever locks a block after the holder has locked it sees values that are no older than the hold, and as long
+    /// as that lives, each of them has its pages within: so it does not matter if the two are of different moments.
+    first: AtomicU64,
+    end: AtomicU64,
     list: Mutex<List>,
 }
 
@@ -102,20 +105,28 @@ impl Holds {
         let id = list.next_id;
         list.next_id += 1;
         list.held.push((id, gfns.clone()));
-        self.count.store(list.held.len(), Release);
+        self.set_bounds(&list);
         Hold { holds: Arc::clone(self), id, gfns }
     }
 
     fn remove(&self, id: u64) {
         let mut list = self.list.lock();
         list.held.retain(|(held, _)| *held != id);
-        self.count.store(list.held.len(), Release);
+        self.set_bounds(&list);
     }
 
-    /// The pages of a block that are held; `None` if there are no holds at all. Called under its lock.
+    fn set_bounds(&self, list: &List) {
+        let ranges = || list.held.iter().map(|(_, gfns)| gfns);
+        self.first.store(ranges().map(|gfns| gfns.start).min().unwrap_or(0), Release);
+        self.end.store(ranges().map(|gfns| gfns.end).max().unwrap_or(0), Release);
+    }
+
+    /// The pages of a block that are held; `None` if there are no holds anywhere near. Called under its lock.
     #[inline]
     pub(super) fn pages_of(&self, no: BlockNo) -> Option<PageSet> {
-        if self.count.load(Acquire) == 0 { None } else { Some(self.listed_pages_of(no)) }
+        let (block, held) = (no.gfns(), self.first.load(Acquire)..self.end.load(Acquire));
+        let is_near = block.start < held.end && held.start < block.end;
+        is_near.then(|| self.listed_pages_of(no))
     }
 
     fn listed_pages_of(&self, no: BlockNo) -> PageSet {

@@ -431,7 +431,7 @@ impl<'s, S: TableSpace> Serving<'s, S> {
 /// The mapping of a share's missing pages while it is under way.
 struct Mapping<'a, 's, W> {
     place: &'a Place<'s, W>,
-    /// The pages of the block that are held, if there are holds anywhere.
+    /// The pages of the block that are held, if there are holds near.
     held: Option<PageSet>,
     /// Pages that cannot be mapped, whatever room there is.
     failed: PageSet,

@@ -1,6 +1,8 @@
 //! A guest, a pinner and an IOMMU in software, with RAM that has a hole and ends in the middle of blocks.
 #![allow(dead_code, unreachable_pub, reason = "a module of several tests, each of which uses its part")]
 
+pub mod nothing;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
