@@ -195,7 +195,7 @@ mod tests {
 
     fn ended(lines: &[&str], exit: Option<i32>, console: &str) -> Ended {
         let lines = lines.iter().map(|&line| line.to_owned()).collect();
-        Ended { lines, exit, console: console.to_owned(), was_stopped: false }
+        Ended { lines, exit, console: console.to_owned(), was_stopped: false, has_begun: true }
     }
 
     #[test]

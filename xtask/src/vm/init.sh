@@ -8,10 +8,13 @@ mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /tmp
 ulimit -l unlimited
 
+# What the job is heard through; many kernels have it built in.
+modprobe -a virtio_pci virtio_console 2>/dev/null
 for port in /sys/class/virtio-ports/*; do
     ln -s "${port##*/}" "/dev/port-$(cat "$port/name")"
 done
 exec 3>/dev/port-job
+echo "job: begins" >&3
 while read -r module; do
     modprobe "$module" 2>&3 || echo "cannot load $module" >&3
 done </etc/modules

@@ -12,6 +12,9 @@ use tempfile::TempDir;
 use super::packages::Packages;
 use super::{FOLDER, Kernel, folder};
 
+/// What a VM is heard through: it loads these first.
+const VIRTIO: [&str; 2] = ["virtio_pci", "virtio_console"];
+
 /// A root file system in the making.
 pub(crate) struct Initramfs {
     root: TempDir,
@@ -26,7 +29,7 @@ impl Initramfs {
         }
         let made = Self { root };
         made.add(&busybox()?, "bin/busybox")?;
-        kernel.install_modules(modules, made.root.path())?;
+        kernel.install_modules(&[&VIRTIO, modules].concat(), made.root.path())?;
         fs::write(
             made.root.path().join("etc/modules"),
             modules.iter().map(|name| format!("{name}\n")).collect::<String>(),

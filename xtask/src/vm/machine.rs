@@ -13,11 +13,14 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 
 use super::process::Process;
-use super::{Choices, Claim, FOLDER, Kernel, folder};
+use super::{Choices, Claim, FOLDER, Kernel, console, folder};
 
 /// Software that runs a machine's instructions, on a host that is busy with other things, is slow, and late: the kernel
 /// does nothing that only guards real processors, does not insist on its timer, and takes no lateness for a lock-up.
 const IN_NO_HURRY: &str = "mitigations=off no_timer_check rcupdate.rcu_cpu_stall_timeout=120 watchdog_thresh=60";
+
+/// How often a kernel is booted that does not come up.
+const BOOTS: usize = 3;
 
 /// Who runs the machine's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -58,11 +61,28 @@ pub(crate) struct Ended {
     pub(crate) console: String,
     /// It took longer than it may.
     pub(crate) was_stopped: bool,
+    /// Its kernel came as far as the first process.
+    pub(crate) has_begun: bool,
 }
 
 impl Machine<'_> {
     /// Boots it, and waits until it is off. What the job writes goes to standard output as it comes.
+    ///
+    /// A kernel that does not come as far as its first process is booted again: with a thread a CPU, software may run
+    /// an instruction that another CPU has just patched, and the kernel dies of that now and then.
     pub(crate) fn run(&self) -> anyhow::Result<Ended> {
+        for _ in 1..BOOTS {
+            let ended = self.boot()?;
+            if ended.has_begun || ended.was_stopped {
+                return Ok(ended);
+            }
+            let trouble = console::complaints(&ended.console).first().map_or("no complaint", |line| *line).to_owned();
+            eprintln!("the kernel did not come up ({trouble}): booting again");
+        }
+        self.boot()
+    }
+
+    fn boot(&self) -> anyhow::Result<Ended> {
         let scratch = folder::scratch()?;
         // The path of a socket has room for about 100 letters, which the one from the root might not fit in.
         let here = std::env::current_dir()?;
@@ -86,10 +106,11 @@ impl Machine<'_> {
                 }
             }
         });
-        let (mut lines, mut exit, mut was_stopped) = (Vec::new(), None, false);
+        let (mut lines, mut exit, mut was_stopped, mut has_begun) = (Vec::new(), None, false, false);
         let (start, mut ended) = (Instant::now(), None);
         loop {
             match from.recv_timeout(Duration::from_millis(200)) {
+                Ok(line) if line == "job: begins" => has_begun = true,
                 Ok(line) => match line.strip_prefix("job: exit ") {
                     Some(code) => exit = code.parse().ok(),
                     None => {
@@ -118,7 +139,8 @@ impl Machine<'_> {
         }
         drop(process);
         let console = fs::read(&console).context("cannot read the console's log")?;
-        Ok(Ended { lines, exit, console: String::from_utf8_lossy(&console).into_owned(), was_stopped })
+        let console = String::from_utf8_lossy(&console).into_owned();
+        Ok(Ended { lines, exit, console, was_stopped, has_begun })
     }
 
     fn command(&self, socket: &Path, console: &Path) -> anyhow::Result<Command> {
