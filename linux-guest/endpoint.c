@@ -84,15 +84,23 @@ static struct pci_dev *get_endpoint_device(struct coiommu_endpoint *ep)
 					   ep->bdf & 0xff);
 }
 
+static int compare_bdf(const void *key, const void *elt)
+{
+	const struct coiommu_endpoint *ep = elt;
+	const u16 *bdf = key;
+
+	return (int)*bdf - (int)ep->bdf;
+}
+
 static struct coiommu_endpoint *find_endpoint(struct coiommu *c,
 					      struct pci_dev *pdev)
 {
-	struct coiommu_endpoint key = { .bdf = pci_dev_id(pdev) };
+	u16 bdf = pci_dev_id(pdev);
 
 	if (pci_domain_nr(pdev->bus) != pci_domain_nr(c->pdev->bus))
 		return NULL;
-	return bsearch(&key, c->endpoints, c->nr_endpoints,
-		       sizeof(*c->endpoints), compare_endpoints);
+	return bsearch(&bdf, c->endpoints, c->nr_endpoints,
+		       sizeof(*c->endpoints), compare_bdf);
 }
 
 /* With the endpoint's lock held or the endpoint gone, and no driver. */
@@ -117,11 +125,11 @@ static int take_endpoint(struct coiommu_endpoint *ep, struct pci_dev *pdev)
 	if (use_dma_iommu(dev) ||
 	    (get_dma_ops(dev) && get_dma_ops(dev) != &ep->ops)) {
 		dev_err(dev, "coiommu: has DMA ops already: is it behind an IOMMU of the guest?\n");
-		return -EBUSY;
+		return -EOPNOTSUPP;
 	}
 	if (!dev->dma_mask || dev->dma_range_map) {
 		dev_err(dev, "coiommu: its DMA addresses are not physical addresses\n");
-		return -EINVAL;
+		return -EOPNOTSUPP;
 	}
 	if (ep->pdev != pdev) {
 		give_back_endpoint(ep);
@@ -139,6 +147,21 @@ static int take_endpoint(struct coiommu_endpoint *ep, struct pci_dev *pdev)
 	return 0;
 }
 
+/* Takes it for a driver, which will use our ops: without us, it must not. */
+static int hold_endpoint(struct coiommu_endpoint *ep, struct pci_dev *pdev)
+{
+	int err = take_endpoint(ep, pdev);
+
+	if (err || ep->bound)
+		return err;
+	if (!try_module_get(THIS_MODULE)) {
+		give_back_endpoint(ep);
+		return -ENODEV;
+	}
+	ep->bound = true;
+	return 0;
+}
+
 /* A driver is about to be bound: its probe function comes next. */
 static void endpoint_binds(struct coiommu_endpoint *ep, struct pci_dev *pdev)
 {
@@ -150,9 +173,7 @@ static void endpoint_binds(struct coiommu_endpoint *ep, struct pci_dev *pdev)
 		return;
 	}
 	mutex_lock(&c->lock);
-	err = take_endpoint(ep, pdev);
-	if (!err && !ep->bound && try_module_get(THIS_MODULE))
-		WRITE_ONCE(ep->bound, true);
+	err = hold_endpoint(ep, pdev);
 	mutex_unlock(&c->lock);
 	if (err)
 		dev_err(&pdev->dev, "coiommu: not tracked: its DMA will fail\n");
@@ -165,7 +186,7 @@ static void endpoint_is_unbound(struct coiommu_endpoint *ep)
 {
 	mutex_lock(&ep->c->lock);
 	if (ep->bound) {
-		WRITE_ONCE(ep->bound, false);
+		ep->bound = false;
 		module_put(THIS_MODULE);
 	}
 	mutex_unlock(&ep->c->lock);

@@ -110,7 +110,7 @@ static int read_topology(struct coiommu *c)
 }
 
 /* Returns whether the command has taken effect. */
-static bool command(struct coiommu *c, u64 command)
+static bool send_command(struct coiommu *c, u64 command)
 {
 	writeq(command, c->regs + COIOMMU_REG_COMMAND);
 	return readq(c->regs + COIOMMU_REG_COMMAND) == 0;
@@ -128,7 +128,7 @@ static int activate(struct coiommu *c)
 	writeq(c->dtt.levels, c->regs + COIOMMU_REG_LEVELS);
 	if (readq(c->regs + COIOMMU_REG_ROOT) != root ||
 	    readq(c->regs + COIOMMU_REG_LEVELS) != c->dtt.levels ||
-	    !command(c, COIOMMU_ACTIVATE)) {
+	    !send_command(c, COIOMMU_ACTIVATE)) {
 		dev_err(&c->pdev->dev, "does not take commands: is its server running?\n");
 		return -EIO;
 	}
@@ -146,7 +146,7 @@ static bool deactivate(struct coiommu *c)
 		return READ_ONCE(c->state) != COIOMMU_DEAD;
 	/* Requests are made with interrupts off: none is under way after. */
 	synchronize_rcu();
-	return command(c, COIOMMU_DEACTIVATE);
+	return send_command(c, COIOMMU_DEACTIVATE);
 }
 
 static int coiommu_check(struct pci_dev *pdev)
@@ -223,11 +223,12 @@ static void coiommu_remove(struct pci_dev *pdev)
 	struct coiommu *c = pci_get_drvdata(pdev);
 	bool unused, done;
 
+	/* It unbinds drivers, which the notifier is to see. */
+	cancel_work_sync(&c->disconnect);
 	bus_unregister_notifier(&pci_bus_type, &c->bus_nb);
 	coiommu_debugfs_remove(c);
 	unused = coiommu_release_endpoints(c);
 	done = deactivate(c);
-	cancel_work_sync(&c->disconnect);
 	unmap_bars(c);
 	pci_release_regions(pdev);
 	pci_disable_device(pdev);

@@ -207,7 +207,7 @@ static int try_track(struct coiommu_endpoint *ep, struct scatterlist *sgl,
 }
 
 /* Counts a failure, tells of it, and turns it into what callers expect. */
-static int fail(struct coiommu_endpoint *ep, int err)
+static int map_failed(struct coiommu_endpoint *ep, int err)
 {
 	struct coiommu_cpu __percpu *cpus = ep->c->cpus;
 	struct device *dev = &ep->pdev->dev;
@@ -256,7 +256,7 @@ int coiommu_track_sg(struct coiommu_endpoint *ep, struct scatterlist *sgl,
 	} while (err == -EAGAIN &&
 		 coiommu_dtt_top_up(&ep->c->dtt, GFP_ATOMIC | __GFP_NOWARN));
 
-	return err ? fail(ep, err) : 0;
+	return err ? map_failed(ep, err) : 0;
 }
 
 /**
@@ -285,7 +285,7 @@ int coiommu_track(struct coiommu_endpoint *ep, dma_addr_t addr, size_t len)
 	struct scatterlist sg;
 
 	if (len > UINT_MAX)
-		return fail(ep, -ERANGE);
+		return map_failed(ep, -ERANGE);
 	sg_init_table(&sg, 1);
 	sg_dma_address(&sg) = addr;
 	sg_dma_len(&sg) = len;
