@@ -27,10 +27,12 @@ static void free_shared_memory(struct coiommu *c)
 	coiommu_dtt_free(&c->dtt);
 }
 
-static void free_coiommu(struct coiommu *c)
+/* With no endpoint taken over, so with no map under way. */
+static void free_coiommu(struct coiommu *c, bool host_is_done)
 {
 	coiommu_dtt_stop_refill(&c->dtt);
-	free_shared_memory(c);
+	if (host_is_done)
+		free_shared_memory(c);
 	free_percpu(c->cpus);
 	kvfree(c->endpoints);
 	kfree(c);
@@ -62,7 +64,7 @@ static struct coiommu *alloc_coiommu(struct pci_dev *pdev)
 	}
 	return c;
 err:
-	free_coiommu(c);
+	free_coiommu(c, true);
 	return NULL;
 }
 
@@ -142,10 +144,12 @@ static int activate(struct coiommu *c)
  */
 static bool deactivate(struct coiommu *c)
 {
-	if (cmpxchg(&c->state, COIOMMU_ACTIVE, COIOMMU_OFF) != COIOMMU_ACTIVE)
-		return READ_ONCE(c->state) != COIOMMU_DEAD;
+	int old = cmpxchg(&c->state, COIOMMU_ACTIVE, COIOMMU_OFF);
+
 	/* Requests are made with interrupts off: none is under way after. */
 	synchronize_rcu();
+	if (old != COIOMMU_ACTIVE)
+		return old == COIOMMU_OFF;
 	return send_command(c, COIOMMU_DEACTIVATE);
 }
 
@@ -214,29 +218,29 @@ err_unmap:
 err_disable:
 	pci_disable_device(pdev);
 err_free:
-	free_coiommu(c);
+	free_coiommu(c, true);
 	return err;
 }
 
 static void coiommu_remove(struct pci_dev *pdev)
 {
 	struct coiommu *c = pci_get_drvdata(pdev);
-	bool unused, done;
+	bool unused, host_is_done;
 
 	/* It unbinds drivers, which the notifier is to see. */
 	cancel_work_sync(&c->disconnect);
 	bus_unregister_notifier(&pci_bus_type, &c->bus_nb);
 	coiommu_debugfs_remove(c);
 	unused = coiommu_release_endpoints(c);
-	done = deactivate(c);
+	host_is_done = deactivate(c);
 	unmap_bars(c);
 	pci_release_regions(pdev);
 	pci_disable_device(pdev);
-	if (unused && done)
-		free_coiommu(c);
-	else
+	if (!unused || !host_is_done)
 		dev_warn(&pdev->dev, "its tables stay in memory: %s may still use them\n",
 			 unused ? "the host" : "an endpoint's driver");
+	if (unused)
+		free_coiommu(c, host_is_done);
 }
 
 /* The endpoints have been shut down before: the device links see to that. */
