@@ -48,7 +48,7 @@ struct Target {
     allocation_mib: u32,
 }
 
-const TARGETS: [Target; 5] = [
+const TARGETS: [Target; 6] = [
     Target {
         name: "walk",
         folder: "coiommu-dtt",
@@ -80,6 +80,14 @@ const TARGETS: [Target; 5] = [
         max_len: 1024,
         memory_mib: 512,
         allocation_mib: 16,
+    },
+    Target {
+        name: "wire",
+        folder: "coiommu-vfio-user",
+        about: "any stream of a vfio-user client, in any pieces",
+        max_len: 4096,
+        memory_mib: 512,
+        allocation_mib: 4,
     },
     Target {
         name: "trace",
