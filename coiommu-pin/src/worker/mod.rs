@@ -23,6 +23,7 @@ pub mod slots;
 pub mod team;
 
 mod events;
+mod rings;
 mod window;
 
 pub use pin::PinWorker;

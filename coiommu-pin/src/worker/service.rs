@@ -7,15 +7,19 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::time::Duration;
 
 use coiommu_dtt::notify::NoSlot;
+use hdrhistogram::Histogram;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Polled;
 use super::events::eventfd;
+use super::rings::Rings;
 use crate::notify_map::NotifyMap;
 use crate::pinner::Pinner;
 use crate::space::TableSpace;
+use crate::stats::hdrhistogram;
 use crate::sync::Mutex;
 use crate::sync::atomic::AtomicBool;
 
@@ -41,6 +45,7 @@ pub enum SlotsError {
 pub struct Service<S: TableSpace, N> {
     pinner: Pinner<S>,
     notify: N,
+    rings: Rings,
     /// The vCPUs whose slots have a server. Held for one look.
     served: Mutex<BTreeSet<usize>>,
     /// Requests are not served any more. Orders nothing: whoever sees it late serves a piece more.
@@ -62,7 +67,17 @@ impl<S: TableSpace, N: NotifyMap> Service<S, N> {
     pub fn new(pinner: Pinner<S>, notify: N) -> io::Result<Self> {
         let closing = eventfd()?;
         let [refuses, is_closed] = [(); 2].map(|()| AtomicBool::new(false));
-        Ok(Self { pinner, notify, served: Mutex::default(), refuses, failure: OnceLock::new(), is_closed, closing })
+        let rings = Rings::new(notify.slots().len());
+        Ok(Self {
+            pinner,
+            notify,
+            rings,
+            served: Mutex::default(),
+            refuses,
+            failure: OnceLock::new(),
+            is_closed,
+            closing,
+        })
     }
 
     /// The pinner: to be activated and deactivated, parked, told of RAM, and asked.
@@ -75,6 +90,24 @@ impl<S: TableSpace, N: NotifyMap> Service<S, N> {
     #[must_use]
     pub const fn notify(&self) -> &N {
         &self.notify
+    }
+
+    /// Takes note that a vCPU's doorbell rang `at` this time of the [`SystemClock`](crate::pinner::SystemClock), for
+    /// [`doorbell_latency`](Self::doorbell_latency). For those who see it ring, before they tell the worker.
+    pub fn rang(&self, vcpu: usize, at: Duration) {
+        self.rings.rang(vcpu, at, || matches!(self.notify.slots().take(vcpu), Ok(None)));
+    }
+
+    /// How long it took from doorbells that were [taken note of](Self::rang) to their answers, in microseconds. 0 is a request
+    /// that a worker had found before its doorbell came.
+    #[must_use]
+    pub fn doorbell_latency(&self) -> Histogram<u64> {
+        self.rings.latency()
+    }
+
+    /// A vCPU's slot is answered.
+    pub(super) fn answered(&self, vcpu: usize, now: impl FnOnce() -> Duration) {
+        self.rings.answered(vcpu, now);
     }
 
     /// Serves no more requests, for good: those in service end with their piece, they and all that come are answered. What is

@@ -9,7 +9,7 @@ use coiommu_dtt::notify::{Answered, NoSlot};
 use super::Polled;
 use super::service::{Service, SlotsError};
 use crate::notify_map::NotifyMap;
-use crate::pinner::{Clock, PinResult, Step};
+use crate::pinner::{Clock, PinResult, Step, SystemClock};
 use crate::request::{PinRequest, Refusal, Scratch};
 use crate::space::TableSpace;
 
@@ -116,7 +116,7 @@ impl<S: TableSpace, N: NotifyMap> SlotServer<S, N> {
                 self.step(at, clock)
             }
             Err(_refused_and_counted) => {
-                self.answer(at, word);
+                self.answer(at, word, clock);
                 Polled::More
             }
         }
@@ -136,15 +136,17 @@ impl<S: TableSpace, N: NotifyMap> SlotServer<S, N> {
             Step::Done(_told_by_pinned) => {
                 let word = request.word();
                 self.slots[at].request = None;
-                self.answer(at, word);
+                self.answer(at, word, clock);
                 Polled::More
             }
         }
     }
 
     /// Answers what was taken from a slot. If there is another request by now, it is found when the slot is looked at again.
-    fn answer(&self, at: usize, word: RequestWord) {
-        let _found_later: Result<Answered, NoSlot> = self.service.notify().slots().answer(self.slots[at].vcpu, word);
+    fn answer(&self, at: usize, word: RequestWord, clock: &dyn Clock) {
+        let vcpu = self.slots[at].vcpu;
+        let _found_later: Result<Answered, NoSlot> = self.service.notify().slots().answer(vcpu, word);
+        self.service.answered(vcpu, || clock.now());
     }
 
     /// Answers everything, and serves nothing.
@@ -152,7 +154,7 @@ impl<S: TableSpace, N: NotifyMap> SlotServer<S, N> {
         for at in 0..self.slots.len() {
             self.slots[at].request = None;
             if let Ok(Some(word)) = self.service.notify().slots().take(self.slots[at].vcpu) {
-                self.answer(at, word);
+                self.answer(at, word, &SystemClock);
             }
         }
     }
