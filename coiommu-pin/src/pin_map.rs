@@ -69,7 +69,8 @@ pub struct Extent {
 #[derive(Debug, Default)]
 #[repr(C)]
 pub(crate) struct Block {
-    /// The round in which something was last mapped or unmapped here. First, as the lock is: they share a cache line.
+    /// The round in which something was last mapped or unmapped here, or was about to go. First, as the lock is: they
+    /// share a cache line.
     changed: u32,
     mapped: PageSet,
     /// The first pages of extents.
@@ -83,6 +84,11 @@ impl Block {
 
     pub(crate) const fn changed(&self) -> u32 {
         self.changed
+    }
+
+    /// It is not to rest for now: something of it may go the next time.
+    pub(crate) const fn keep_looking(&mut self, round: u32) {
+        self.changed = round;
     }
 
     /// The extents in ascending order.

@@ -19,7 +19,7 @@ use crate::request::PIECE_PAGES;
 /// | `unpin_policy` | `off`, `lru` | `off` | whether idle pages are taken back over time |
 /// | `unpin_interval` | seconds, decimals allowed | `60` | from one tick to the next |
 /// | `unpin_limit` | pages, or `none` | `none` | the most pages that one tick takes back |
-/// | `unpin_gen_threshold` | rounds | `10` | after so many rounds without change, look only every so many rounds; 0: look at all, always |
+/// | `unpin_gen_threshold` | rounds | `10` | where only what stays in use was found for so long, look only every so many rounds; 0: look at all, always |
 /// | `quota` | bytes (k, m, g, t), or `none` | `none` | the most memory that is pinned at once |
 ///
 /// Names and defaults of the `unpin_` keys are crosvm's.

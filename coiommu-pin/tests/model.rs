@@ -174,7 +174,9 @@ impl Model {
             for page in pages.filter(|&page| self.is_mapped(page)).collect::<Vec<_>>() {
                 let leaf = self.leaves.get_mut(&page).unwrap();
                 aged += u64::from(leaf.accessed);
-                leaf.accessed = false;
+                if std::mem::take(&mut leaf.accessed) && leaf.count == 0 {
+                    self.changed.insert(start, self.round);
+                }
             }
         }
         self.round += 1;

@@ -267,6 +267,20 @@ fn blocks_where_nothing_changes_are_looked_at_less_often() {
 }
 
 #[test]
+fn buffers_that_are_used_over_and_over_go_soon_after() {
+    let mut rig = Rig::new("extent=page,unpin_gen_threshold=4");
+    // One page that a driver keeps, and one that comes and goes in the same block.
+    assert!(rig.map(&[1]));
+    for _ in 0..13 {
+        assert!(rig.map(&[2]));
+        rig.unmap(&[2]);
+        assert_eq!(rig.pinner.tick(None).unpinned_pages, 0);
+    }
+    assert_eq!(rig.pinner.tick(None).unpinned_pages, 1);
+    assert_eq!(rig.mapped_pages(), [1]);
+}
+
+#[test]
 fn a_tick_tells_what_it_did() {
     let mut rig = Rig::new("extent=run,unpin_gen_threshold=2");
     let told = |rig: &Rig| {
@@ -648,6 +662,33 @@ fn a_request_for_ram_that_went_waits_a_second() {
     rig.clock.pass(SECOND);
     assert_eq!(rig.pinner.step(&mut request, &mut rig.scratch, &rig.clock), Step::Done(PinResult::Failed));
     assert_eq!(rig.request(&[305]), PinResult::Failed, "what never was RAM is not waited for");
+}
+
+#[test]
+fn a_request_for_what_is_held_waits_a_second() {
+    for policy in ["extent=run", "extent=page", "extent=aligned=2m"] {
+        let mut rig = Rig::new(policy);
+        let begin = |rig: &mut Rig, gfns: &[u64]| {
+            let word = rig.word(gfns);
+            rig.pinner.begin(word, rig.clock.now()).unwrap()
+        };
+        let step = |rig: &mut Rig, request: &mut _| rig.pinner.step(request, &mut rig.scratch, &rig.clock);
+        let (_, hold) = rig.force(&(4..6));
+        let mut request = begin(&mut rig, &[3, 5, 7]);
+        assert_eq!(step(&mut rig, &mut request), Step::Wait);
+        assert_eq!([3, 5, 7].map(|page| rig.is_pinned(page)), [true, false, true], "{policy}");
+        rig.clock.pass(SECOND / 2);
+        drop(hold);
+        assert_eq!(step(&mut rig, &mut request), Step::Done(PinResult::Pinned));
+        assert!(rig.is_pinned(5));
+
+        let (_, hold) = rig.force(&(1000..1001));
+        let mut request = begin(&mut rig, &[1000]);
+        assert_eq!(step(&mut rig, &mut request), Step::Wait);
+        rig.clock.pass(SECOND);
+        assert_eq!(step(&mut rig, &mut request), Step::Done(PinResult::Failed));
+        assert!(hold.is_some());
+    }
 }
 
 #[test]

@@ -68,7 +68,8 @@ pub enum UnpinStep {
     Done(UnpinReport, Option<Hold>),
 }
 
-/// While it lives, no page of a range is pinned: requests for one are answered with PINNED clear.
+/// While it lives, no page of a range is pinned: requests for one wait for its end, as long as they wait for RAM
+/// ([`PinnerConfig::wait_time`](super::PinnerConfig::wait_time)), and are answered with PINNED clear then.
 #[derive(Debug)]
 pub struct Hold {
     holds: Arc<Holds>,

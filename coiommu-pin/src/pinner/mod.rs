@@ -73,8 +73,8 @@ pub struct PinnerConfig {
     /// How long one step of a request may take before the worker looks at its other slots; one block's map calls are
     /// waited for.
     pub step_time: Duration,
-    /// How long a request waits for RAM that went to come back.
-    pub absent_time: Duration,
+    /// How long a request waits for RAM that went to come back, and for pages that are held.
+    pub wait_time: Duration,
     /// How long a forced unpin waits for a park to end.
     pub park_time: Duration,
 }
@@ -88,7 +88,7 @@ impl PinnerConfig {
             endpoints,
             request_time: Duration::from_secs(4),
             step_time: Duration::from_millis(20),
-            absent_time: Duration::from_secs(1),
+            wait_time: Duration::from_secs(1),
             park_time: Duration::from_secs(1),
         }
     }

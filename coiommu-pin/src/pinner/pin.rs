@@ -17,7 +17,7 @@ use crate::space::TableSpace;
 pub enum Step {
     /// There is more: look at the other slots, then call again.
     More,
-    /// RAM that went may come back: call again in a moment.
+    /// RAM that went may come back, or a hold end: call again in a moment.
     Wait,
     /// Answer the slot.
     Done(PinResult),
@@ -81,7 +81,8 @@ impl<S: TableSpace> Pinner<S> {
         step
     }
 
-    /// Serves a request to its end, for callers that have nothing else to look at. RAM that is away is not waited for.
+    /// Serves a request to its end, for callers that have nothing else to look at. RAM that is away and pages that are held are not
+    /// waited for.
     pub fn pin(&self, word: RequestWord, scratch: &mut Scratch, clock: &dyn Clock) -> PinResult {
         let mut request = match self.begin(word, clock.now()) {
             Ok(request) => request,
@@ -120,7 +121,7 @@ impl<S: TableSpace> Pinner<S> {
             return Served::Step(Step::Done(PinResult::TimedOut));
         }
         let times = Times::new(clock, now.saturating_add(self.config.step_time), end);
-        let may_wait = request.waits && now < request.taken.saturating_add(self.config.absent_time);
+        let may_wait = request.waits && now < request.taken.saturating_add(self.config.wait_time);
         let regions = self.regions.read();
         let view = self.space.view();
         if let Err(refusal) = request.read_piece(&*view, &self.config.endpoints, scratch) {
@@ -135,13 +136,13 @@ impl<S: TableSpace> Pinner<S> {
             request.keep_piece(scratch, 0);
             return Served::Short(shortage, need);
         }
-        if piece.absent > 0 && may_wait && !piece.timed_out {
+        if piece.later > 0 && may_wait && !piece.timed_out {
             request.keep_piece(scratch, 0);
             return Served::Step(Step::Wait);
         }
         request.keep_piece(scratch, piece.served);
         request.asked += piece.served as u64;
-        request.failed += piece.failed + piece.absent;
+        request.failed += piece.failed + piece.later;
         Served::Step(match (piece.timed_out, request.is_served(), request.failed) {
             (true, _, _) => Step::Done(PinResult::TimedOut),
             (false, false, _) => Step::More,

@@ -33,7 +33,7 @@ pub(super) struct Piece {
     /// How many gfns of it are done with.
     pub(super) served: usize,
     pub(super) failed: u64,
-    pub(super) absent: u64,
+    pub(super) later: u64,
     pub(super) timed_out: bool,
     /// It ended for want of room.
     pub(super) short: Option<(Shortage, Need)>,
@@ -46,8 +46,8 @@ enum Outcome {
     Pinned,
     /// So many pages cannot be pinned.
     Failed(u64),
-    /// So many pages have no RAM, or their table has none, that may come back; so many others failed.
-    Absent { absent: u64, failed: u64 },
+    /// So many pages may be had in a moment: they are held, or RAM (their own, or their table's) is away; so many others failed.
+    Later { later: u64, failed: u64 },
     /// So many pages failed, and so many more for want of room.
     Short { failed: u64, missing: u64, shortage: Shortage, need: Need },
     /// The guest has given up, or is about to: nothing more is pinned, and so many pages are not.
@@ -176,8 +176,8 @@ impl<'s, S: TableSpace> Serving<'s, S> {
                         piece.short.get_or_insert((shortage, Need::default())).1 += need;
                     }
                     Outcome::Short { failed, missing, .. } => piece.failed += failed + missing,
-                    Outcome::Absent { absent, failed } => {
-                        piece.absent += absent;
+                    Outcome::Later { later, failed } => {
+                        piece.later += later;
                         piece.failed += failed;
                     }
                     Outcome::TimedOut(failed) => {
@@ -235,7 +235,7 @@ impl<'s, S: TableSpace> Serving<'s, S> {
         let words = match place.words {
             Ok(words) => words,
             Err(_) if self.times.is_over() => return Outcome::TimedOut(pages),
-            Err(NoLeaves::Absent) => return Outcome::Absent { absent: pages, failed: 0 },
+            Err(NoLeaves::Absent) => return Outcome::Later { later: pages, failed: 0 },
             Err(NoLeaves::Never) => return Outcome::Failed(pages),
         };
         let mut block = place.block.lock();
@@ -327,7 +327,7 @@ impl<'s, S: TableSpace> Serving<'s, S> {
             return Outcome::TimedOut(gfns.len() as u64);
         }
         let absent = gfns.iter().filter(|&&gfn| self.regions.is_absent(gfn)).count() as u64;
-        Outcome::Absent { absent, failed: gfns.len() as u64 - absent }
+        Outcome::Later { later: absent, failed: gfns.len() as u64 - absent }
     }
 
     /// Maps those pages of a share that are not mapped. One that fails does not spoil the others.
@@ -346,9 +346,14 @@ impl<'s, S: TableSpace> Serving<'s, S> {
 
     /// What became of a share of which some pages are not mapped.
     fn what_is_missing(&self, mapping: &Mapping<'_, 's, Word<S>>, missing: PageSet) -> Outcome {
-        let may_be_short = missing - mapping.failed - mapping.held.unwrap_or_default();
+        let held = missing & mapping.held.unwrap_or_default();
+        let may_be_short = missing - mapping.failed - held;
         let (Some(shortage), false) = (mapping.short, may_be_short.is_empty()) else {
-            return if missing.is_empty() { Outcome::Pinned } else { Outcome::Failed(missing.len()) };
+            return match ((missing - held).len(), held.len()) {
+                (0, 0) => Outcome::Pinned,
+                (failed, 0) => Outcome::Failed(failed),
+                (failed, later) => Outcome::Later { later, failed },
+            };
         };
         let (short, failed) = (may_be_short, (missing - may_be_short).len());
         let pages = short.len();

@@ -309,6 +309,11 @@ impl<S: TableSpace> Pinner<S> {
             let aging = look.accessed & *block.mapped();
             leaves.clear_accessed(aging);
             unpinned.aged = aging.len();
+            // Buffers that are used over and over are not to stay for long once they are not: only what drivers keep mapped is
+            // worth no look.
+            if !(aging & look.uncounted).is_empty() {
+                block.keep_looking(self.round());
+            }
         }
         unpinned
     }
@@ -328,7 +333,8 @@ impl<S: TableSpace> Pinner<S> {
     }
 }
 
-/// Whether a block is passed over in this round: old ones are looked at once in so many rounds.
+/// Whether a block is passed over in this round: old ones are looked at once in so many rounds. A block is old when nothing
+/// was mapped or unmapped in it for so long, and nothing was found that its users had let go.
 fn is_resting(policy: &Policy, changed: u32, round: u32) -> bool {
     let threshold = policy.unpin_gen_threshold;
     let age = round.wrapping_sub(changed);
