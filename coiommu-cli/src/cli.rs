@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::replay;
+use crate::{ctl, replay, serve, top};
 
 /// Pass devices through to VMs without pinning all of their memory.
 #[derive(Debug, Parser)]
@@ -19,6 +19,9 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Replay(replay::Args),
+    Serve(serve::Args),
+    Ctl(ctl::Args),
+    Top(top::Args),
     /// Print a completion script for a shell
     #[command(after_help = "Example: coiommu completions bash > /etc/bash_completion.d/coiommu")]
     Completions {
@@ -38,6 +41,9 @@ enum Command {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Replay(args) => replay::run(&args),
+        Command::Serve(args) => serve::run(&args),
+        Command::Ctl(args) => ctl::run(&args),
+        Command::Top(args) => top::run(&args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "coiommu", &mut script);

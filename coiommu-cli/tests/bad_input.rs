@@ -447,7 +447,11 @@ fn spoil() -> impl Strategy<Value = Spoil> {
 static TEXTS: LazyLock<[String; 2]> = LazyLock::new(|| ["6.12", "7.3"].map(shipped_text));
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 32, max_shrink_iters: 256, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        max_shrink_iters: 256,
+        failure_persistence: None,
+        ..ProptestConfig::with_cases(32)
+    })]
 
     #[test]
     fn a_spoiled_trace_is_played_or_refused(

@@ -221,7 +221,7 @@ fn help_has_examples_and_every_key_of_a_policy() {
         assert!(text.contains(&format!("  {key}=")), "{key} is not in\n{text}");
     }
     let program = run(["--help"]);
-    for subcommand in ["replay", "completions", "man"] {
+    for subcommand in ["replay", "serve", "ctl", "top", "completions", "man"] {
         assert!(stdout_of(&program).contains(subcommand), "{subcommand} is not in\n{}", program.stdout);
         assert!(stdout_of(&run([subcommand, "--help"])).contains("Example"), "{subcommand} has no example");
     }
@@ -233,13 +233,21 @@ fn shells_and_man_know_the_program() {
     for (shell, begins) in [("bash", "_coiommu()"), ("zsh", "#compdef coiommu"), ("fish", "")] {
         let script = run(["completions", shell]);
         let text = stdout_of(&script);
-        assert!(text.starts_with(begins) && text.contains("replay") && text.contains("policy"), "{shell}:\n{text}");
+        assert!(text.starts_with(begins), "{shell}:\n{text}");
+        for word in ["replay", "policy", "serve", "endpoint", "ctl", "unpin", "top", "interval"] {
+            assert!(text.contains(word), "{word} is not in {shell}'s script:\n{text}");
+        }
     }
     let program = run(["man"]);
     assert!(stdout_of(&program).contains(".TH coiommu 1"), "{}", program.stdout);
     let replay = run(["man", "replay"]);
     for part in [".TH coiommu-replay 1", "policy", "unpin_interval=SECONDS", "SIZE"] {
         assert!(stdout_of(&replay).contains(part), "{part:?} is not in\n{}", replay.stdout);
+    }
+    for (subcommand, part) in [("serve", "persist"), ("ctl", "Exit codes"), ("top", "interval")] {
+        let page = run(["man", subcommand]);
+        let text = stdout_of(&page);
+        assert!(text.contains(&format!(".TH coiommu-{subcommand} 1")) && text.contains(part), "{subcommand}:\n{text}");
     }
 }
 

@@ -1,8 +1,8 @@
 //! `coiommu replay`: what would passing a device through really pin?
 //!
-//! A trace of what a real kernel's drivers mapped for DMA is played, event by event and in the trace's own time, through
-//! the stack that would serve the guest: its side of the DTT, the pinner, and an IOMMU in software. One stack a policy,
-//! all of them in one pass over the trace.
+//! A trace of what a real kernel's drivers mapped for DMA is played, event by event and in the trace's own time,
+//! through the stack that would serve the guest: its side of the DTT, the pinner, and an IOMMU in software. One stack a
+//! policy, all of them in one pass over the trace.
 //!
 //! | file | what it does |
 //! | --- | --- |
@@ -55,8 +55,9 @@ const MOST_POLICIES: usize = 64;
 
 /// Tell from a DMA trace how much of a guest's memory a passed-through device would really pin
 ///
-/// TRACE is the text of the kernel's dma events, as tracefs or `trace-cmd report` give it, of a machine that works as the
-/// guest will: plain, gzip or zstd, or - for standard input. Each policy is played over it as the real thing would go.
+/// TRACE is the text of the kernel's dma events, as tracefs or `trace-cmd report` give it, of a machine that works as
+/// the guest will: plain, gzip or zstd, or - for standard input. Each policy is played over it as the real thing would
+/// go.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:

@@ -93,8 +93,8 @@ impl Space {
         Ok(true)
     }
 
-    /// Runs that were reached are in use: all stacks know the RAM that was [`added`](Self::added). RAM of a call that is
-    /// not played waits for the next.
+    /// Runs that were reached are in use: all stacks know the RAM that was [`added`](Self::added). RAM of a call that
+    /// is not played waits for the next.
     pub(super) fn announced(&mut self, runs: &[Range<u64>]) {
         self.added.clear();
         let end = runs.iter().map(|run| run.end * PAGE_SIZE).max().unwrap_or(0);

@@ -1,7 +1,7 @@
 //! One policy's stack: the guest's side of the DTT, the pinner, and an IOMMU in software, in virtual time.
 //!
-//! After each map and before each unmap, the device looks whether it reaches every page. If it does not, that is an error
-//! of ours, and counted as a fault.
+//! After each map and before each unmap, the device looks whether it reaches every page. If it does not, that is an
+//! error of ours, and counted as a fault.
 
 use std::cell::Cell;
 use std::num::NonZeroU64;
@@ -145,8 +145,8 @@ impl Stack {
         }
     }
 
-    /// The guest maps some runs of gfns for a device; false if it could not, as a pin failed. The RAM that `space` added
-    /// for them is there from now on.
+    /// The guest maps some runs of gfns for a device; false if it could not, as a pin failed. The RAM that `space`
+    /// added for them is there from now on.
     ///
     /// # Errors
     ///

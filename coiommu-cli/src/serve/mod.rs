@@ -1,0 +1,253 @@
+//! `coiommu serve`: the device for a VMM that is not linked with it, over vfio-user.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | `mod.rs` | arguments, and one VMM after the other |
+//! | `guest.rs` | what a VMM asks for: the device that the guest sees, and its workers |
+//! | `ram.rs` | the guest's memory, which comes and goes |
+//! | `wait.rs` | waiting for the VMM, for the next one, and for signals |
+//! | `watch.rs` | what others may see of the guest that is served |
+//! | `control.rs` | the control socket: `docs/control.md` |
+//! | `metrics.rs` | Prometheus text |
+//! | `http.rs` | how it is asked for |
+//! | `limits.rs` | how many files may be open |
+//! | `logging.rs` | where logs go, and that a guest cannot fill them |
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::process;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use coiommu_dtt::Bdf;
+use coiommu_pin::pinner::Drain;
+use coiommu_pin::{DmaMapper, Policy};
+use coiommu_vfio::SoftIommu;
+use coiommu_vfio_user::{Connection, ConnectionError, Event, Limits, Listener};
+
+pub(crate) mod control;
+mod guest;
+mod http;
+mod limits;
+mod logging;
+mod metrics;
+mod ram;
+mod wait;
+mod watch;
+
+use guest::Guest;
+use logging::LogFormat;
+use wait::{Signals, Woken};
+use watch::Watch;
+
+/// Serve a guest the CoIOMMU device, over vfio-user
+///
+/// A VMM that speaks vfio-user (QEMU 10.1 or newer) connects to the socket and shows the device to its guest, whose
+/// driver then counts the DMA of the endpoints that are named here. The guest's memory has to be shared. Until devices
+/// can be passed through, what the endpoints may reach is kept in an IOMMU in software.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  coiommu serve --socket /run/vm1.sock --vcpus 4 --endpoint 00:03.0
+  coiommu serve --socket /run/vm1.sock --vcpus 4 --endpoint 00:03.0 --endpoint 00:05.0 --persist \\
+      --policy extent=run,unpin_policy=lru,unpin_interval=1 --control /run/vm1.ctl --metrics 127.0.0.1:9400
+
+QEMU takes, besides its own options:
+  -object memory-backend-memfd,id=ram,size=4G,share=on -machine q35,memory-backend=ram \\
+  -device '{\"driver\":\"vfio-user-pci\",\"socket\":{\"path\":\"/run/vm1.sock\",\"type\":\"unix\"},\"addr\":\"08.0\"}'
+An endpoint is named as the guest sees it: with addr=03.0 on QEMU's bus 0 it is 00:03.0.
+
+Policy keys: see `coiommu replay --help`, which also tells what a policy would do.
+
+Signals: SIGTERM and SIGINT unpin everything and end it.
+Exit codes: 0 the VMM has gone or a signal came, 1 something failed, 2 wrong arguments")]
+pub struct Args {
+    /// The Unix socket that the VMM connects to; only this user may
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+
+    /// How many vCPUs the guest can have, hot-plugged ones too
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    vcpus: u16,
+
+    /// A device of the guest whose DMA is tracked, by its address in the guest; may be given many times
+    #[arg(long = "endpoint", value_name = "BDF", required = true)]
+    endpoints: Vec<Bdf>,
+
+    /// How to pin and unpin: key=value pairs with commas between
+    #[arg(long, value_name = "LIST", default_value_t)]
+    policy: Policy,
+
+    /// Wait for the next VMM when one has gone, instead of ending
+    #[arg(long)]
+    persist: bool,
+
+    /// A Unix socket for `coiommu ctl` and `coiommu top`; only this user may connect
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+
+    /// Where Prometheus finds metrics: ADDRESS:PORT, or the path of a Unix socket
+    #[arg(long, value_name = "PATH-or-ADDR")]
+    metrics: Option<metrics::Place>,
+
+    /// How logs look; RUST_LOG says how much is logged
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    log_format: LogFormat,
+
+    /// How many threads pin
+    #[arg(long, value_name = "N", default_value = "1")]
+    pin_workers: NonZeroUsize,
+
+    /// How long a thread looks for the next request before it sleeps, in microseconds: answers come sooner, a CPU is
+    /// busy longer
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 100)]
+    #[arg(value_parser = clap::value_parser!(u64).range(..=1_000_000))]
+    look: u64,
+}
+
+/// What each guest is served with.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    pub(crate) vcpus: usize,
+    pub(crate) endpoints: Vec<Bdf>,
+    pub(crate) policy: Policy,
+    pub(crate) pin_workers: NonZeroUsize,
+    pub(crate) look: Duration,
+}
+
+impl Config {
+    fn new(args: &Args) -> Self {
+        Self {
+            vcpus: args.vcpus.into(),
+            endpoints: args.endpoints.clone(),
+            policy: args.policy.clone(),
+            pin_workers: args.pin_workers,
+            look: Duration::from_micros(args.look),
+        }
+    }
+}
+
+/// Why a VMM is not served any more.
+enum Ended {
+    /// It has gone.
+    Gone,
+    /// It was none: somebody has looked whether a server is there, as another server does.
+    Nobody,
+    /// A signal came.
+    Stopped,
+}
+
+/// Serves one VMM, or one after the other.
+///
+/// # Errors
+///
+/// A socket cannot be had, the workers cannot be started, the VMM breaks the protocol, or memory stays pinned.
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    logging::start(args.log_format)?;
+    let served = serve_all(args);
+    if let (Err(error), LogFormat::Json) = (&served, args.log_format) {
+        // Who reads the log finds no line in it that is not JSON.
+        tracing::error!("{error:#}");
+        process::exit(1);
+    }
+    served
+}
+
+fn serve_all(args: &Args) -> anyhow::Result<()> {
+    let signals = Signals::catch().context("cannot catch signals")?;
+    let config = Config::new(args);
+    limits::raise_open_files();
+    // What is wrong with it is found out now, not when a VMM comes.
+    new_guest(&config, Arc::new(SoftIommu::new()))?.end(Drain::Reset)?;
+    let listener = Listener::bind(&args.socket)?;
+    let watch = Watch::default();
+    let _control = args.control.as_deref().map(|path| control::listen(path, &watch)).transpose()?;
+    let _metrics = args.metrics.as_ref().map(|place| metrics::listen(place, &watch)).transpose()?;
+    tracing::info!("waiting for a VMM at {}", args.socket.display());
+    while let Some(stream) = wait::for_client(&listener, &signals)? {
+        let connection = Connection::new(stream, Limits::default());
+        match (serve(connection, &config, &listener, &signals, &watch), args.persist) {
+            (Ok(Ended::Stopped), _) | (Ok(Ended::Gone), false) => break,
+            (Ok(Ended::Nobody), _) => {}
+            (Ok(Ended::Gone), true) => tracing::info!("waiting for the next VMM"),
+            (Err(error), true) => tracing::error!("{error:#}; waiting for the next VMM"),
+            (Err(error), false) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// A guest, each of whose vCPUs costs file descriptors.
+fn new_guest(config: &Config, mapper: Arc<dyn DmaMapper>) -> anyhow::Result<Guest> {
+    Guest::new(config, mapper).map_err(limits::name_open_files)
+}
+
+/// Serves a VMM to its end, whatever that is; then nothing is pinned.
+fn serve(
+    mut connection: Connection,
+    config: &Config,
+    listener: &Listener,
+    signals: &Signals,
+    watch: &Watch,
+) -> anyhow::Result<Ended> {
+    let mapper = Arc::new(SoftIommu::new()) as Arc<dyn DmaMapper>;
+    let mut guest = new_guest(config, mapper)?;
+    tracing::info!("a VMM has connected");
+    let shown = watch.show(guest.served());
+    let ended = requests(&mut guest, &mut connection, listener, signals);
+    drop(shown);
+    let drain = match &ended {
+        // The guest is told, for what good it is to it.
+        Ok(Ended::Stopped) => Drain::Deactivate,
+        // What was its memory may be anything by now.
+        Ok(Ended::Gone | Ended::Nobody) | Err(_) => Drain::Reset,
+    };
+    let drained = guest.end(drain);
+    connection.close(Duration::from_secs(1));
+    let ended = ended?;
+    drained?;
+    match ended {
+        Ended::Gone => tracing::info!("the VMM has gone; nothing is pinned"),
+        Ended::Nobody => tracing::info!("it was no VMM, and has gone without a word"),
+        Ended::Stopped => tracing::info!("stopped by a signal; nothing is pinned"),
+    }
+    Ok(ended)
+}
+
+/// A guest can keep its VMM writing: after so many looks at the connection there is one at signals and at who else is
+/// there.
+const TURN: u64 = 64;
+
+/// Carries out what a VMM asks for, until there is nothing more to come.
+fn requests(
+    guest: &mut Guest,
+    connection: &mut Connection,
+    listener: &Listener,
+    signals: &Signals,
+) -> anyhow::Result<Ended> {
+    let mut looks = 0_u64;
+    loop {
+        looks += 1;
+        if looks.is_multiple_of(TURN) && wait::is_stopped(listener, signals)? {
+            return Ok(Ended::Stopped);
+        }
+        let event = match connection.receive() {
+            // As a VMM that is killed may.
+            Err(error @ ConnectionError::CutShort) => {
+                tracing::warn!("{error}");
+                return Ok(Ended::Gone);
+            }
+            event => event.context("the VMM's connection has ended")?,
+        };
+        match event {
+            Event::Request(request) => guest.serve(connection, request),
+            Event::Closed => return Ok(if connection.client().is_some() { Ended::Gone } else { Ended::Nobody }),
+            Event::More => {}
+            Event::Idle => match wait::for_any(connection, listener, signals)? {
+                Woken::Stop => return Ok(Ended::Stopped),
+                Woken::Connection => {}
+            },
+        }
+    }
+}
