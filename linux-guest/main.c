@@ -167,6 +167,20 @@ static int coiommu_check(struct pci_dev *pdev)
 	return 0;
 }
 
+/* A wrong address in the host's list looks like this. */
+static void tell_absent(struct coiommu *c)
+{
+	struct coiommu_endpoint *ep;
+
+	mutex_lock(&c->lock);
+	for (ep = c->endpoints; ep < coiommu_endpoints_end(c); ep++)
+		if (!ep->pdev)
+			dev_warn(&c->pdev->dev, "endpoint %02x:%02x.%x is not there (yet)\n",
+				 PCI_BUS_NUM(ep->bdf), PCI_SLOT(ep->bdf),
+				 PCI_FUNC(ep->bdf));
+	mutex_unlock(&c->lock);
+}
+
 static int coiommu_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 {
 	struct coiommu *c;
@@ -204,6 +218,7 @@ static int coiommu_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 		goto err_notifier;
 	dev_info(&pdev->dev, "active: %u endpoints, %u levels of tables\n",
 		 c->nr_endpoints, c->dtt.levels);
+	tell_absent(c);
 	return 0;
 
 err_notifier:

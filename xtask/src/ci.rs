@@ -52,6 +52,9 @@ enum Step {
     /// The hardware tests, on a real kernel's VFIO in a virtual machine
     #[value(name = "qemu-vfio")]
     QemuVfio,
+    /// Guests with the driver, in a stock QEMU, the device served by coiommu serve
+    #[value(name = "qemu-guest")]
+    QemuGuest,
     /// The pinner is as fast, beside others, as it should be on a busy machine
     Bench,
 }
@@ -96,6 +99,7 @@ impl Step {
             Self::Miri => step::run("cargo xtask miri --quick"),
             Self::Fuzz => step::run("cargo xtask fuzz --all --seconds 30"),
             Self::QemuVfio => step::run("cargo xtask qemu-test vfio"),
+            Self::QemuGuest => step::run("cargo xtask qemu-test guest"),
             Self::Bench => step::run("cargo xtask bench-check"),
         }
     }

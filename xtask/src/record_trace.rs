@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 
-use crate::vm::{Choices, Claim, FOLDER, Initramfs, Kernel, Machine, console, machine, tools};
+use crate::vm::{Answer, Choices, Claim, Emulator, FOLDER, Initramfs, Kernel, Machine, console, machine, tools};
 use crate::{paths, step};
 
 /// Record a trace of a Linux guest's DMA: it boots, writes and reads files on an nvme, and downloads through an e1000e
@@ -60,7 +60,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     eprintln!("booting Linux {} with an nvme and an e1000e", kernel.version());
     let ended = Machine {
         claim: &claim,
-        choices: &args.choices,
+        emulator: &Emulator::named(&args.choices.qemu),
+        accel: args.choices.accel,
         kernel: &kernel,
         initramfs: &file,
         memory: args.memory,
@@ -68,6 +69,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         append: String::new(),
         keep: false,
         time_limit: Duration::from_secs(args.time_limit),
+        may_reboot: false,
+        answer: &|_, _| Ok(Answer::Nothing),
     }
     .run()?;
     ensure!(!ended.was_stopped, "it took longer than --time-limit, {} s", args.time_limit);

@@ -13,13 +13,13 @@ modprobe -a virtio_pci virtio_console 2>/dev/null
 for port in /sys/class/virtio-ports/*; do
     ln -s "${port##*/}" "/dev/port-$(cat "$port/name")"
 done
-exec 3>/dev/port-job
+exec 3<>/dev/port-job
 echo "job: begins" >&3
 while read -r module; do
     modprobe "$module" 2>&3 || echo "cannot load $module" >&3
 done </etc/modules
 
-sh /job >&3 2>&3
+sh /job <&3 >&3 2>&3
 echo "job: exit $?" >&3
 exec 3>&-
 if grep -qw keep /proc/cmdline; then

@@ -91,7 +91,7 @@ fn list(root: &Path, folder: &Path, names: &mut Vec<PathBuf>) -> anyhow::Result<
 fn busybox() -> anyhow::Result<PathBuf> {
     let root = Path::new(FOLDER).join("busybox");
     if !root.is_dir() {
-        Packages::update()?.unpack("busybox-static", None, &root)?;
+        Packages::update()?.unpack(&["busybox-static".to_owned()], &root)?;
     }
     // Debian 13 has it under usr.
     let found = ["bin/busybox", "usr/bin/busybox"].map(|path| root.join(path)).into_iter().find(|path| path.is_file());

@@ -29,11 +29,34 @@ impl Kernel {
     pub(crate) fn find(named: Option<&Path>) -> anyhow::Result<Self> {
         let kernel = match named {
             Some(file) if file.extension() == Some(OsStr::new("deb")) => {
-                Self::in_folder(unpacked(file, &Path::new(FOLDER).join("named"), packages::unpack)?)
+                Self::in_folder(unpacked(file, &Path::new(FOLDER).join("named"), |file, to| {
+                    packages::unpack(&[file.to_owned()], to)
+                })?)
             }
             Some(folder) => Self::in_folder(folder.to_owned()),
             None => Self::in_folder(fetched()?),
         }?;
+        kernel.completed()
+    }
+
+    /// The kernel of a version, as `7.3.4-amd64`, that Debian has in some suites; or the one that was fetched before.
+    pub(crate) fn of_version(version: &str, suites: &[&str]) -> anyhow::Result<Self> {
+        let root = Path::new(FOLDER).join("versions").join(version);
+        if !root.is_dir() {
+            let packages = Packages::of_suites(suites)?;
+            let image = format!("linux-image-{version}");
+            // Newer ones are in several packages.
+            let parts = packages.depends(&image)?;
+            let prefixes = ["linux-base-", "linux-binary-", "linux-modules-"];
+            let is_part = |name: &String| prefixes.iter().any(|prefix| name.starts_with(prefix));
+            let all = parts.into_iter().filter(is_part).chain([image]);
+            packages.unpack(&all.collect::<Vec<_>>(), &root)?;
+        }
+        Self::in_folder(root)?.completed()
+    }
+
+    fn completed(self) -> anyhow::Result<Self> {
+        let kernel = self;
         // A package comes without; on a machine where it is installed, they are there.
         if !kernel.modules().join("modules.dep").is_file() {
             kernel.depmod(&kernel.root)?;
@@ -42,14 +65,11 @@ impl Kernel {
     }
 
     fn in_folder(root: PathBuf) -> anyhow::Result<Self> {
-        let images = fs::read_dir(root.join("boot")).with_context(|| format!("no kernel in {}", root.display()))?;
-        let root = root.canonicalize()?;
+        let root = root.canonicalize().with_context(|| format!("no kernel in {}", root.display()))?;
         link_modules(&root)?;
-        let name = |entry: fs::DirEntry| entry.file_name().into_string().ok();
-        let version = |name: String| name.strip_prefix("vmlinuz-").map(ToOwned::to_owned);
-        let has_modules = |version: &String| root.join("lib/modules").join(version).is_dir();
-        let versions = images.flatten().filter_map(name).filter_map(version).filter(has_modules);
-        let mut versions: Vec<_> = versions.collect();
+        let modules = fs::read_dir(root.join("lib/modules"));
+        let names = modules.into_iter().flatten().flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        let mut versions: Vec<_> = names.filter(|version| image(&root, version).is_file()).collect();
         match versions.len() {
             1 => Ok(Self { version: versions.remove(0), root }),
             0 => bail!("{}: no boot/vmlinuz-VERSION with a lib/modules/VERSION", root.display()),
@@ -63,7 +83,7 @@ impl Kernel {
 
     /// The file to boot.
     pub(crate) fn image(&self) -> PathBuf {
-        self.root.join("boot").join(format!("vmlinuz-{}", self.version))
+        image(&self.root, &self.version)
     }
 
     /// The folder of its modules.
@@ -103,6 +123,15 @@ impl Kernel {
         lines.lines().filter_map(file).map(|file| Ok(file.canonicalize()?)).collect()
     }
 
+    /// Copies a module that is not of this kernel's own into a root file system.
+    pub(crate) fn add_module(&self, module: &Path, to: &Path) -> anyhow::Result<()> {
+        let folder = to.join("lib/modules").join(&self.version).join("updates");
+        fs::create_dir_all(&folder)?;
+        let name = module.file_name().context("a module without a name")?;
+        fs::copy(module, folder.join(name)).with_context(|| format!("cannot copy {}", module.display()))?;
+        self.depmod(to)
+    }
+
     fn depmod(&self, root: &Path) -> anyhow::Result<()> {
         let mut command = Command::new(tools::of_system("depmod"));
         step::output_of(command.arg("-b").arg(root).arg(&self.version), "depmod").map(drop)
@@ -123,6 +152,12 @@ fn link_modules(root: &Path) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Where the image of a kernel is: newer ones have it beside their modules.
+fn image(root: &Path, version: &str) -> PathBuf {
+    let beside = root.join("lib/modules").join(version).join("vmlinuz");
+    if beside.is_file() { beside } else { root.join("boot").join(format!("vmlinuz-{version}")) }
 }
 
 /// Where a package file is unpacked, in a folder of such: anew, if it is not the one that was unpacked there before.
@@ -184,11 +219,11 @@ fn fetched() -> anyhow::Result<PathBuf> {
             OLDEST.1
         )
     })?;
-    let depends = packages.depends(PACKAGE, version)?;
+    let depends = packages.depends(&format!("{PACKAGE}={version}"))?;
     let image = depends.iter().find(|name| name.starts_with("linux-image-"));
     let image = image.with_context(|| format!("{PACKAGE} {version} depends on no kernel"))?;
     let root = kernels.join(image);
-    packages.unpack(image, Some(version), &root)?;
+    packages.unpack(&[format!("{image}={version}")], &root)?;
     Ok(root)
 }
 
@@ -220,7 +255,7 @@ mod tests {
     fn a_folder_has_one_kernel_with_its_modules() {
         let folder = tempfile::tempdir().unwrap();
         let find = || Kernel::in_folder(folder.path().to_owned());
-        assert!(find().unwrap_err().to_string().starts_with("no kernel in "));
+        assert!(find().unwrap_err().to_string().contains("no boot/vmlinuz-VERSION"));
         for (version, has_modules) in [("6.1", false), ("6.12", true), ("7.3", true)] {
             fs::create_dir_all(folder.path().join("boot")).unwrap();
             fs::write(folder.path().join("boot/vmlinuz-").with_file_name(format!("vmlinuz-{version}")), "").unwrap();

@@ -1,8 +1,8 @@
 //! QEMU: its command line, its time, and what the machine says.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
-use std::os::unix::net::UnixListener;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 
 use super::process::Process;
-use super::{Choices, Claim, FOLDER, Kernel, console, folder};
+use super::{Claim, Emulator, FOLDER, Kernel, console, folder};
 
 /// Software that runs a machine's instructions, on a host that is busy with other things, is slow, and late: the kernel
 /// does nothing that only guards real processors, does not insist on its timer, and takes no lateness for a lock-up.
@@ -32,11 +32,11 @@ pub(crate) enum Accel {
 }
 
 /// A machine to be booted.
-#[derive(Debug)]
 pub(crate) struct Machine<'a> {
     /// Its files are in the folder.
     pub(crate) claim: &'a Claim,
-    pub(crate) choices: &'a Choices,
+    pub(crate) emulator: &'a Emulator,
+    pub(crate) accel: Accel,
     pub(crate) kernel: &'a Kernel,
     pub(crate) initramfs: &'a Path,
     /// In MiB.
@@ -48,6 +48,20 @@ pub(crate) struct Machine<'a> {
     /// Leave it up, with a console on standard input and output.
     pub(crate) keep: bool,
     pub(crate) time_limit: Duration,
+    /// It may be reset, and is not over then.
+    pub(crate) may_reboot: bool,
+    /// What to do when the job has written a line, on a machine that is this process; mostly nothing.
+    pub(crate) answer: &'a dyn Fn(&str, u32) -> anyhow::Result<Answer>,
+}
+
+/// What to do about a line that a job has written.
+#[derive(Debug)]
+pub(crate) enum Answer {
+    Nothing,
+    /// The job is told something: it reads that from where it writes to.
+    Say(String),
+    /// The machine is ended at once, as if it were switched off.
+    Kill,
 }
 
 /// What became of a machine.
@@ -61,8 +75,16 @@ pub(crate) struct Ended {
     pub(crate) console: String,
     /// It took longer than it may.
     pub(crate) was_stopped: bool,
+    /// The signal that ended the emulator, if one did.
+    pub(crate) signal: Option<i32>,
     /// Its kernel came as far as the first process.
     pub(crate) has_begun: bool,
+}
+
+/// What comes from a job.
+enum Heard {
+    Connected(UnixStream),
+    Line(String),
 }
 
 impl Machine<'_> {
@@ -96,25 +118,37 @@ impl Machine<'_> {
         let (to, from) = mpsc::channel();
         thread::spawn(move || {
             let Ok((stream, _)) = listener.accept() else { return };
+            let Ok(other) = stream.try_clone() else { return };
+            if to.send(Heard::Connected(other)).is_err() {
+                return;
+            }
             let mut stream = BufReader::new(stream);
             let mut line = Vec::new();
             while stream.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
                 let text = String::from_utf8_lossy(&line).trim_end().to_owned();
                 line.clear();
-                if to.send(text).is_err() {
+                if to.send(Heard::Line(text)).is_err() {
                     break;
                 }
             }
         });
         let (mut lines, mut exit, mut was_stopped, mut has_begun) = (Vec::new(), None, false, false);
+        let mut job = None;
         let (start, mut ended) = (Instant::now(), None);
         loop {
             match from.recv_timeout(Duration::from_millis(200)) {
-                Ok(line) if line == "job: begins" => has_begun = true,
-                Ok(line) => match line.strip_prefix("job: exit ") {
+                Ok(Heard::Connected(stream)) => job = Some(stream),
+                Ok(Heard::Line(line)) if line == "job: begins" => has_begun = true,
+                Ok(Heard::Line(line)) => match line.strip_prefix("job: exit ") {
                     Some(code) => exit = code.parse().ok(),
                     None => {
                         println!("{line}");
+                        match ((self.answer)(&line, process.id())?, &mut job) {
+                            (Answer::Kill, _) => process.kill()?,
+                            // Where it has ended, it is not told.
+                            (Answer::Say(answer), Some(stream)) => _ = writeln!(stream, "{answer}"),
+                            (Answer::Say(_), None) | (Answer::Nothing, _) => {}
+                        }
                         lines.push(line);
                     }
                 },
@@ -137,14 +171,15 @@ impl Machine<'_> {
                 break;
             }
         }
+        let signal = process.ended_by()?;
         drop(process);
         let console = fs::read(&console).context("cannot read the console's log")?;
         let console = String::from_utf8_lossy(&console).into_owned();
-        Ok(Ended { lines, exit, console, was_stopped, has_begun })
+        Ok(Ended { lines, exit, console, was_stopped, signal, has_begun })
     }
 
     fn command(&self, socket: &Path, console: &Path) -> anyhow::Result<Command> {
-        let accel = match self.choices.accel {
+        let accel = match self.accel {
             Accel::Tcg => "tcg,thread=multi",
             Accel::Kvm => "kvm",
         };
@@ -157,10 +192,11 @@ impl Machine<'_> {
         let memory = self.memory.to_string();
         let chardev_console = format!("{backend},id=console,logfile={console}");
         let chardev_job = format!("socket,id=job,path={}", socket.display());
-        let mut command = Process::command(&self.choices.qemu);
+        let mut command = self.emulator.command();
         command
             .args(["-M", "q35,kernel-irqchip=split", "-accel", accel, "-cpu", "max", "-smp", "2", "-m", &memory])
-            .args(["-nodefaults", "-display", "none", "-no-reboot"])
+            .args(["-nodefaults", "-display", "none"])
+            .args((!self.may_reboot).then_some("-no-reboot"))
             .args(["-chardev", &chardev_console, "-serial", "chardev:console"])
             .args([
                 "-chardev",

@@ -14,26 +14,35 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// apt with lists of its own: this machine's stay as they are, whatever they lack.
 pub(crate) struct Packages {
+    sources: PathBuf,
     options: Vec<String>,
 }
 
 impl Packages {
     /// Reads the lists of this machine's release, and of its backports if it has some.
     pub(crate) fn update() -> anyhow::Result<Self> {
-        let release = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
-        let codename = codename(&release).context("/etc/os-release names no release")?;
-        let mut index = Command::new("apt-get");
-        // Others may call a release by the same name, and sign it with keys of their own.
-        index.args(["indextargets", "--format", "$(CODENAME)|$(SITE)", "Created-By: Packages", "Origin: Debian"]);
-        let index = step::output_of(&mut index, "apt-get indextargets")?;
-        let mirror = mirror(&index, codename)?;
+        let Debian { codename, mirror } = Debian::here()?;
+        let backports = format!("{codename}-backports");
+        Self::read(&mirror, &[&codename, &backports]).or_else(|error| {
+            // A release that is very new, or very old, has none.
+            eprintln!("{error:#}: once more, without {backports}");
+            Self::read(&mirror, &[&codename])
+        })
+    }
 
-        let folder = Path::new(FOLDER).join("apt");
+    /// Reads the lists of these suites.
+    pub(crate) fn of_suites(suites: &[&str]) -> anyhow::Result<Self> {
+        Self::read(&Debian::here()?.mirror, suites)
+    }
+
+    fn read(mirror: &str, suites: &[&str]) -> anyhow::Result<Self> {
+        let folder = Path::new(FOLDER).join("apt").join(suites.join(","));
         for folder in ["lists/partial", "archives/partial"].map(|path| folder.join(path)) {
             fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         }
         let folder = folder.canonicalize()?;
         let sources = folder.join("sources.list");
+        fs::write(&sources, suites.iter().map(|suite| source(mirror, suite)).collect::<String>())?;
         let option = |(key, path): (&str, &Path)| ["-o".to_owned(), format!("{key}={}", path.display())];
         let options = [
             ("Dir::Etc::SourceList", &*sources),
@@ -43,16 +52,15 @@ impl Packages {
             // Whoever runs this may read the folder; apt's own user need not.
             ("APT::Sandbox::User", Path::new("root")),
         ];
-        let packages = Self { options: options.into_iter().flat_map(option).collect() };
-        // A release that is very new, or very old, has none.
-        let backports = format!("{codename}-backports");
-        fs::write(&sources, source(mirror, codename) + &source(mirror, &backports))?;
-        if let Err(error) = packages.fetch_lists() {
-            eprintln!("{error:#}: once more, without {backports}");
-            fs::write(&sources, source(mirror, codename))?;
-            packages.fetch_lists()?;
-        }
+        let options = options.into_iter().flat_map(option).collect();
+        let packages = Self { sources, options };
+        packages.fetch_lists()?;
         Ok(packages)
+    }
+
+    /// The file that names the suites and their mirror.
+    pub(crate) fn sources(&self) -> &Path {
+        &self.sources
     }
 
     fn fetch_lists(&self) -> anyhow::Result<()> {
@@ -72,36 +80,71 @@ impl Packages {
         Ok(table.lines().filter_map(|line| Some(line.split('|').nth(1)?.trim().to_owned())).collect())
     }
 
-    /// What a package depends on, by name.
-    pub(crate) fn depends(&self, package: &str, version: &str) -> anyhow::Result<Vec<String>> {
-        let which = format!("{package}={version}");
-        let text = step::output_of(self.command("apt-cache").args(["show", &which]), "apt-cache show")?;
+    /// The newest version of a package whose version is of a series: `6.1` is not that of 6.12.
+    pub(crate) fn newest(&self, package: &str, series: &str) -> anyhow::Result<String> {
+        let versions = self.versions(package)?;
+        let newest = newest(&versions, series);
+        let newest = newest.with_context(|| format!("no {package} of {series} in {}", self.sources.display()))?;
+        Ok(newest.to_owned())
+    }
+
+    /// What a package, `NAME` or `NAME=VERSION`, depends on, by name.
+    pub(crate) fn depends(&self, package: &str) -> anyhow::Result<Vec<String>> {
+        let line = format!("apt-cache show {package}");
+        let text = step::output_of(self.command("apt-cache").args(["show", package]), &line)?;
         let depends = text.lines().find_map(|line| line.strip_prefix("Depends: ")).unwrap_or_default();
         Ok(depends.split(", ").filter_map(|one| Some(one.split_whitespace().next()?.to_owned())).collect())
     }
 
-    /// Fetches and unpacks a package, the newest of the release itself unless a version is named.
-    pub(crate) fn unpack(&self, package: &str, version: Option<&str>, to: &Path) -> anyhow::Result<()> {
+    /// Fetches some packages, each as `NAME` or `NAME=VERSION`, and unpacks them into one folder.
+    pub(crate) fn unpack(&self, packages: &[String], to: &Path) -> anyhow::Result<()> {
         let scratch = folder::scratch()?;
-        let which = version.map_or_else(|| package.to_owned(), |version| format!("{package}={version}"));
         let mut command = self.command("apt-get");
-        command.args(["-q", "download", &which]).current_dir(&scratch);
-        step::finish(&mut command, &format!("apt-get download {which}"))?;
+        command.args(["-q", "download"]).args(packages).current_dir(&scratch);
+        step::finish(&mut command, &format!("apt-get download {}", packages.join(" ")))?;
         let files: Vec<PathBuf> = fs::read_dir(&scratch)?.flatten().map(|entry| entry.path()).collect();
-        ensure!(files.len() == 1, "`apt-get download {which}` left {} files", files.len());
-        unpack(&files[0], to)
+        ensure!(files.len() == packages.len(), "`apt-get download` left {} files", files.len());
+        unpack(&files, to)
     }
 }
 
-/// Unpacks a package file. What is half done is never found under its name.
-pub(crate) fn unpack(file: &Path, to: &Path) -> anyhow::Result<()> {
+/// Unpacks package files. What is half done is never found under its name.
+pub(crate) fn unpack(files: &[PathBuf], to: &Path) -> anyhow::Result<()> {
     let scratch = folder::scratch()?;
-    let line = format!("dpkg-deb -x {}", file.display());
-    step::output_of(Command::new("dpkg-deb").arg("-x").arg(file).arg(scratch.path()), &line)?;
+    for file in files {
+        let line = format!("dpkg-deb -x {}", file.display());
+        step::output_of(Command::new("dpkg-deb").arg("-x").arg(file).arg(scratch.path()), &line)?;
+    }
     if let Some(parent) = to.parent() {
         fs::create_dir_all(parent)?;
     }
     fs::rename(scratch.keep(), to).with_context(|| format!("cannot make {}", to.display()))
+}
+
+fn newest<'a>(versions: &'a [String], series: &str) -> Option<&'a str> {
+    let number = |version: &str| -> Option<u32> {
+        version.strip_prefix(series)?.strip_prefix('.')?.split(['-', '~', '+']).next()?.parse().ok()
+    };
+    let found = versions.iter().filter_map(|version| Some((number(version)?, version.as_str())));
+    found.max().map(|(_, version)| version)
+}
+
+/// This machine's release, and where its apt has it from.
+struct Debian {
+    codename: String,
+    mirror: String,
+}
+
+impl Debian {
+    fn here() -> anyhow::Result<Self> {
+        let release = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
+        let codename = codename(&release).context("/etc/os-release names no release")?;
+        let mut index = Command::new("apt-get");
+        // Others may call a release by the same name, and sign it with keys of their own.
+        index.args(["indextargets", "--format", "$(CODENAME)|$(SITE)", "Created-By: Packages", "Origin: Debian"]);
+        let index = step::output_of(&mut index, "apt-get indextargets")?;
+        Ok(Self { codename: codename.to_owned(), mirror: mirror(&index, codename)?.to_owned() })
+    }
 }
 
 /// The release's name in the text of /etc/os-release.
@@ -130,6 +173,15 @@ fn source(mirror: &str, suite: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_newest_of_a_series_is_found() {
+        let versions = ["6.1.176-1", "6.1.192-2", "6.12.95-1~bpo12+1", "6.12.9-1", "7.3.4-1~bpo13+1"].map(String::from);
+        assert_eq!(newest(&versions, "6.1"), Some("6.1.192-2"));
+        assert_eq!(newest(&versions, "6.12"), Some("6.12.95-1~bpo12+1"));
+        assert_eq!(newest(&versions, "7.3"), Some("7.3.4-1~bpo13+1"));
+        assert_eq!(newest(&versions, "6.9"), None);
+    }
 
     #[test]
     fn the_mirror_is_that_of_the_release() {

@@ -36,6 +36,11 @@ pub(crate) fn require_for_vms(qemu: &Path) -> anyhow::Result<()> {
     found.map(drop).with_context(|| format!("cannot run {}", qemu.display()))
 }
 
+/// Whether all is there that a VM takes whose emulator comes from a tree, if no other is named.
+pub(crate) fn require_for_trees() -> anyhow::Result<()> {
+    require(&[FOR_VMS, &[("mmdebstrap", "mmdebstrap"), ("unshare", "util-linux")]].concat())
+}
+
 fn require(tools: &[Tool]) -> anyhow::Result<()> {
     let missing = |path: &str| {
         let folders: Vec<_> = env::split_paths(path).collect();

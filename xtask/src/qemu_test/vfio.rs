@@ -1,4 +1,4 @@
-//! `cargo xtask qemu-test`: tests that need another machine, in one that QEMU makes.
+//! `cargo xtask qemu-test vfio`: coiommu-vfio on the kernel's VFIO, with an IOMMU, edu and nvme.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -8,10 +8,11 @@ use anyhow::{Context as _, ensure};
 use clap::ValueEnum;
 use serde_json::Value;
 
+use super::judge;
 use crate::step;
-use crate::vm::{Choices, Claim, Ended, FOLDER, Initramfs, Kernel, Machine, console, harness, machine, tools};
+use crate::vm::{Answer, Choices, Claim, Emulator, FOLDER, Initramfs, Kernel, Machine, harness, machine, tools};
 
-/// Run tests that need other hardware, in a virtual machine
+/// Run the hardware tests of coiommu-vfio on a kernel's VFIO, with an IOMMU, edu and nvme
 ///
 /// Fails if a test fails, if none ran, if the machine's kernel warns or reports a DMA fault that no test announced, and
 /// after the time limit. Debian's kernel is fetched once, with apt, and kept under target/vm: remove
@@ -24,8 +25,6 @@ use crate::vm::{Choices, Claim, Ended, FOLDER, Initramfs, Kernel, Machine, conso
   cargo xtask qemu-test vfio --kernel linux-image-7.3.deb
   COIOMMU_STRESS_SECONDS=600 cargo xtask qemu-test vfio --test storm")]
 pub(crate) struct Args {
-    /// Which tests
-    suite: Suite,
     #[command(flatten)]
     choices: Choices,
     /// The machine's IOMMU
@@ -40,12 +39,6 @@ pub(crate) struct Args {
     /// How long the machine may take, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 900)]
     time_limit: u64,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Suite {
-    /// coiommu-vfio on the kernel's VFIO, with an IOMMU, edu and nvme
-    Vfio,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -68,7 +61,6 @@ impl Iommu {
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     tools::require_for_vms(&args.choices.qemu)?;
     let claim = Claim::take()?;
-    let Suite::Vfio = args.suite;
     let kernel = Kernel::find(args.choices.kernel.as_deref())?;
     let program = build()?;
     let initramfs = Initramfs::new(&kernel, &["vfio-pci", "vfio_iommu_type1"], &job(args.test.as_deref()))?;
@@ -91,7 +83,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     eprintln!("booting Linux {} with {:?}'s IOMMU, edu and nvme", kernel.version(), args.iommu);
     let ended = Machine {
         claim: &claim,
-        choices: &args.choices,
+        emulator: &Emulator::named(&args.choices.qemu),
+        accel: args.choices.accel,
         kernel: &kernel,
         initramfs: &file,
         memory: 2048,
@@ -99,9 +92,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         append: "intel_iommu=on printk.devkmsg=on".to_owned(),
         keep: args.keep,
         time_limit: Duration::from_secs(args.time_limit),
+        may_reboot: false,
+        answer: &|_, _| Ok(Answer::Nothing),
     }
     .run()?;
-    Ok(judge(&ended))
+    let (passed, failed) = harness::sum(ended.lines.iter().map(String::as_str));
+    Ok(judge(&ended, &complaints_of_tests(passed, failed), &format!("{passed} tests passed")))
 }
 
 /// The tests, as one program that needs no library.
@@ -118,6 +114,17 @@ fn build() -> anyhow::Result<PathBuf> {
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let mut programs = messages.filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?)));
     programs.next().context("cargo built no program of tests")
+}
+
+fn complaints_of_tests(passed: u64, failed: u64) -> Vec<String> {
+    let mut complaints = Vec::new();
+    if failed > 0 {
+        complaints.push(format!("{failed} tests failed"));
+    }
+    if passed == 0 {
+        complaints.push("no test passed: does the filter name one?".to_owned());
+    }
+    complaints
 }
 
 /// Only a program that a test starts, which would count as one that passed.
@@ -150,66 +157,15 @@ fn variables(value: impl Fn(&str) -> Option<String>) -> String {
     ["COIOMMU_STRESS_SECONDS", "COIOMMU_STRESS_SEED"].into_iter().filter_map(line).collect()
 }
 
-/// Says what was wrong, if something was.
-fn judge(ended: &Ended) -> ExitCode {
-    let complaints = complaints(ended);
-    let (passed, _) = harness::sum(ended.lines.iter().map(String::as_str));
-    if complaints.is_empty() {
-        eprintln!("qemu-test: {passed} tests passed");
-        return ExitCode::SUCCESS;
-    }
-    if ended.exit.is_none() {
-        let lines: Vec<_> = ended.console.lines().collect();
-        eprintln!("the end of the machine's console:");
-        lines[lines.len().saturating_sub(40)..].iter().for_each(|line| eprintln!("    {line}"));
-    }
-    complaints.iter().for_each(|complaint| eprintln!("qemu-test: {complaint}"));
-    eprintln!("qemu-test: all of the machine's console is in {FOLDER}/console.log");
-    ExitCode::FAILURE
-}
-
-fn complaints(ended: &Ended) -> Vec<String> {
-    let (passed, failed) = harness::sum(ended.lines.iter().map(String::as_str));
-    let mut complaints = Vec::new();
-    if ended.was_stopped {
-        complaints.push("it took longer than --time-limit".to_owned());
-    }
-    match ended.exit {
-        Some(0) => {}
-        Some(code) => complaints.push(format!("the tests exited with {code}")),
-        None => complaints.push("the tests did not end".to_owned()),
-    }
-    if failed > 0 {
-        complaints.push(format!("{failed} tests failed"));
-    }
-    if passed == 0 {
-        complaints.push("no test passed: does the filter name one?".to_owned());
-    }
-    complaints.extend(console::complaints(&ended.console).into_iter().map(|line| format!("the kernel says: {line}")));
-    complaints
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn ended(lines: &[&str], exit: Option<i32>, console: &str) -> Ended {
-        let lines = lines.iter().map(|&line| line.to_owned()).collect();
-        Ended { lines, exit, console: console.to_owned(), was_stopped: false, has_begun: true }
-    }
-
     #[test]
     fn only_tests_that_ran_and_passed_are_good() {
-        let ok = "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.00s";
-        let bad = "test result: FAILED. 3 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.00s";
-        let none = "test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 9 filtered out; finished in 0.00s";
-        assert_eq!(complaints(&ended(&[ok], Some(0), "")), [""; 0]);
-        assert_eq!(complaints(&ended(&[bad], Some(101), "")), ["the tests exited with 101", "1 tests failed"]);
-        assert_eq!(complaints(&ended(&[none], Some(0), "")), ["no test passed: does the filter name one?"]);
-        assert_eq!(complaints(&ended(&[ok], None, "")), ["the tests did not end"]);
-        let stopped = Ended { was_stopped: true, ..ended(&[ok], Some(0), "") };
-        assert_eq!(complaints(&stopped), ["it took longer than --time-limit"]);
-        assert_eq!(complaints(&ended(&[ok], Some(0), "BUG: no")), ["the kernel says: BUG: no"]);
+        assert_eq!(complaints_of_tests(3, 0), [""; 0]);
+        assert_eq!(complaints_of_tests(3, 1), ["1 tests failed"]);
+        assert_eq!(complaints_of_tests(0, 0), ["no test passed: does the filter name one?"]);
     }
 
     #[test]
