@@ -72,6 +72,8 @@ pub(crate) struct Block {
     /// The round in which something was last mapped or unmapped here, or was about to go. First, as the lock is: they
     /// share a cache line.
     changed: u32,
+    /// Something here was mapped while all was kept.
+    kept: bool,
     mapped: PageSet,
     /// The first pages of extents.
     heads: PageSet,
@@ -98,8 +100,14 @@ impl Block {
         self.heads.pages().zip(last_pages.pages()).map(|(head, last)| head..last + 1)
     }
 
-    /// Enters an extent that was mapped.
-    pub(crate) fn enter(&mut self, extent: Range<usize>, round: u32) {
+    /// Whether something is left here of a time when all was kept, or may be.
+    pub(crate) const fn is_kept(&self) -> bool {
+        self.kept
+    }
+
+    /// Enters an extent that was mapped; `kept`: while all is kept.
+    pub(crate) fn enter(&mut self, extent: Range<usize>, round: u32, kept: bool) {
+        self.kept |= kept;
         self.heads.insert_page(extent.start);
         self.mapped.insert(extent);
         self.changed = round;
@@ -110,6 +118,7 @@ impl Block {
         let extents = (self.heads & pages).len();
         self.heads -= pages;
         self.mapped -= pages;
+        self.kept &= !self.mapped.is_empty();
         self.changed = round;
         extents
     }
@@ -310,7 +319,7 @@ mod tests {
     fn extents_end_at_the_next_head_or_gap() {
         let mut block = Block::default();
         for extent in [3..5, 5..6, 8..64, 64..130, 511..512] {
-            block.enter(extent, 7);
+            block.enter(extent, 7, false);
         }
         assert_eq!(block.extents().collect::<Vec<_>>(), [3..5, 5..6, 8..64, 64..130, 511..512]);
         assert_eq!((block.mapped().len(), block.changed()), (126, 7));

@@ -19,6 +19,8 @@ pub const PIECE_PAGES: usize = 4096;
 #[must_use = "a request that is dropped is a slot that is never answered"]
 pub struct PinRequest {
     word: RequestWord,
+    /// For whom; `None` as long as that is not read.
+    endpoint: Option<Bdf>,
     rest: Rest,
     /// When it was taken from its slot.
     pub(crate) taken: Duration,
@@ -160,22 +162,27 @@ impl PinRequest {
         activation: u64,
         endpoints: &[Bdf],
     ) -> Result<Self, Refusal> {
-        let rest = match word.decode()? {
-            Request::Batch { header } => Rest::Header(header),
+        let (endpoint, rest) = match word.decode()? {
+            Request::Batch { header } => (None, Rest::Header(header)),
             Request::Page { gfn, bdf } => {
                 check_endpoint(bdf, endpoints)?;
-                Rest::Page(gfn.raw())
+                (Some(bdf), Rest::Page(gfn.raw()))
             }
         };
         let room = Rooms { mappings: MakeRoom::Can, pages: MakeRoom::Can };
         let (waits, kept) = (true, Vec::new());
-        Ok(Self { word, rest, taken, activation, room, waits, kept, asked: 0, failed: 0 })
+        Ok(Self { word, endpoint, rest, taken, activation, room, waits, kept, asked: 0, failed: 0 })
     }
 
     /// What the slot held: what its answer replaces by 0.
     #[must_use]
     pub const fn word(&self) -> RequestWord {
         self.word
+    }
+
+    /// The endpoint that it is for, once that was read.
+    pub(crate) const fn endpoint(&self) -> Option<Bdf> {
+        self.endpoint
     }
 
     /// Whether everything was read and served.
@@ -210,7 +217,8 @@ impl PinRequest {
         }
         self.room.begin_piece();
         if let Rest::Header(header) = self.rest {
-            self.rest = read_header(header, mem, endpoints)?;
+            let (endpoint, rest) = read_header(header, mem, endpoints)?;
+            (self.endpoint, self.rest) = (Some(endpoint), rest);
         }
         match &mut self.rest {
             Rest::Nothing | Rest::Header(_) => {}
@@ -242,15 +250,16 @@ fn check_endpoint(bdf: Bdf, endpoints: &[Bdf]) -> Result<(), Refusal> {
     endpoints.binary_search(&bdf).map(|_| ()).map_err(|_| Refusal::UnknownEndpoint(bdf))
 }
 
-fn read_header<M: TableMemory + ?Sized>(header: Gpa, mem: &M, endpoints: &[Bdf]) -> Result<Rest, Refusal> {
+fn read_header<M: TableMemory + ?Sized>(header: Gpa, mem: &M, endpoints: &[Bdf]) -> Result<(Bdf, Rest), Refusal> {
     let mut read = BatchHeader::new_zeroed();
     mem.read(header, read.as_mut_bytes())?;
-    check_endpoint(Bdf::new(read.bdf.get()).ok_or(NoEndpoint)?, endpoints)?;
+    let endpoint = Bdf::new(read.bdf.get()).ok_or(NoEndpoint)?;
+    check_endpoint(endpoint, endpoints)?;
     let pages = read.nr_pages.get();
     let first = header.checked_add(size_of::<BatchHeader>() as u64);
     let list = pages.checked_mul(size_of::<u64>() as u64);
     match (first, list) {
-        (Some(next), Some(bytes)) if next.checked_add(bytes).is_some() => Ok(Rest::Batch { next, pages }),
+        (Some(next), Some(bytes)) if next.checked_add(bytes).is_some() => Ok((endpoint, Rest::Batch { next, pages })),
         _ => Err(Refusal::TooLong { header, pages }),
     }
 }

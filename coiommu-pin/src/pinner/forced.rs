@@ -40,7 +40,7 @@ pub struct UnpinReport {
     pub released: u64,
     /// Pages that were not pinned.
     pub not_pinned: u64,
-    /// Pages that stay pinned: in use, in an extent with one in use, or the IOMMU refused. Also pages that were pinned when
+    /// Pages that stay pinned: in use, in an extent with one in use, [kept](Pinner::keep_all), or the IOMMU refused. Also pages that were pinned when
     /// their RAM went, and will be again when it returns, and pages of which it cannot be told in time.
     pub busy: u64,
     /// Pages that stay pinned because the guest has parked unpinning.
@@ -232,6 +232,8 @@ impl<S: TableSpace> Pinner<S> {
                 Some(dtt) => {
                     self.unpin_block(no, block, Ask::Forced(pages), Limit::NONE, dtt, &self.space.view());
                 }
+                // Anybody may use it.
+                None if self.keeps_all() => {}
                 // Nobody uses what a drain could not unmap, but it is still mapped: try again.
                 None => {
                     self.drain_block(no, block, None);

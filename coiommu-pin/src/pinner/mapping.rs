@@ -109,7 +109,7 @@ impl<S: TableSpace> Pinner<S> {
             }
         }
         if result.is_ok() {
-            block.enter(pages, self.round());
+            block.enter(pages, self.round(), self.keeps_all());
             tally.mapped(count);
         } else {
             tally.give_back(count);

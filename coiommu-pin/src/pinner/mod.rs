@@ -8,6 +8,7 @@
 //! | `unpin.rs` | taking extents of one block back; ticks; making room |
 //! | `leaves.rs` | the leaves of a block |
 //! | `forced.rs` | unpinning a range on demand, and holding it |
+//! | `pin_all.rs` | pinning all RAM, for devices whose DMA nobody counts |
 //! | `ram.rs` | RAM that comes and goes |
 //! | `mapping.rs` | the calls of the mapper, and what to do when it disagrees with the pin map |
 //!
@@ -44,13 +45,14 @@ use crate::policy::Policy;
 use crate::region_table::Regions;
 use crate::space::{GuestMemoryNotShown, TableSpace};
 use crate::stats::{Counters, Counts, Latency};
-use crate::sync::atomic::AtomicU64;
+use crate::sync::atomic::{AtomicBool, AtomicU64};
 use crate::sync::{Mutex, RwLock};
 
 mod forced;
 mod leaves;
 mod mapping;
 mod pin;
+mod pin_all;
 mod ram;
 mod share;
 mod unpin;
@@ -58,6 +60,7 @@ mod unpin;
 pub use crate::clock::{Clock, SystemClock};
 pub use forced::{ForcedUnpin, Hold, UnpinReport, UnpinStep};
 pub use pin::{PinResult, Step};
+pub use pin_all::{PinAll, PinAllError};
 pub use unpin::TickReport;
 
 /// What a pinner is to do, and for whom.
@@ -147,6 +150,12 @@ pub struct Pinner<S: TableSpace> {
     region_changes: AtomicU64,
     totals: Totals,
     activation: RwLock<Activation>,
+    /// Nothing is unpinned. Relaxed, and looked at under the lock of a block before it loses anything; `pin_all.rs` says why
+    /// that is enough.
+    keeps_all: AtomicBool,
+    /// Of each endpoint, in the order of the configuration: whether it has asked for a page since the activation. Written
+    /// with that locked for reading, cleared with it locked for writing; relaxed, as it speaks of nothing else.
+    asked: Box<[std::sync::atomic::AtomicBool]>,
     /// How many PARKs without their UNPARK.
     park: RwLock<u64>,
     holds: Arc<forced::Holds>,
@@ -174,6 +183,7 @@ impl<S: TableSpace> Pinner<S> {
             return Err(PinnerError::PageSize(page_sizes));
         }
         config.endpoints.sort_unstable();
+        let asked = config.endpoints.iter().map(|_| false.into()).collect();
         Ok(Self {
             space,
             mapper,
@@ -183,6 +193,8 @@ impl<S: TableSpace> Pinner<S> {
             region_changes: AtomicU64::new(0),
             totals: Totals::default(),
             activation: RwLock::default(),
+            keeps_all: AtomicBool::new(false),
+            asked,
             park: RwLock::default(),
             holds: Arc::default(),
             hand: Mutex::default(),
@@ -194,21 +206,27 @@ impl<S: TableSpace> Pinner<S> {
         })
     }
 
-    /// Starts serving the table at `root`. If another is in use, that is deactivated first.
+    /// Starts serving the table at `root`. If another is in use, that is deactivated first. What is mapped goes, unless [all is
+    /// kept](Self::keep_all) and no table was in use.
     ///
     /// # Errors
     ///
     /// [`DttError`]: there is no table; nothing is in use then. It is counted, and told of ever more rarely.
     pub fn activate(&self, root: Gpa, levels: u64) -> Result<(), DttError> {
         let _one_at_a_time = self.changing_regions.write();
-        // What would not go stays in the pin map, which the new table is served from.
-        let _counted_and_told = self.drain(Drain::Deactivate);
+        if self.keeps_all() && !self.is_active() {
+            *self.park.write() = 0;
+        } else {
+            // What would not go stays in the pin map, which the new table is served from.
+            let _counted_and_told = self.drain(Drain::Deactivate);
+        }
         let dtt = Dtt::new(&*self.space.view(), root, levels).inspect_err(|error| {
             if let Some(all) = self.counts.activations_refused.add_and_tell(1) {
                 log::warn!("not activated: {error} ({all} such so far)");
             }
         })?;
         let mut activation = self.activation.write();
+        self.asked.iter().for_each(|asked| asked.store(false, Relaxed));
         activation.dtt = Some(dtt);
         activation.number += 1;
         Ok(())
@@ -227,6 +245,7 @@ impl<S: TableSpace> Pinner<S> {
 
     fn drain(&self, drain: Drain) -> Result<(), DrainError> {
         let dtt = self.activation.write().dtt.take();
+        self.let_all_age();
         *self.park.write() = 0;
         let view = self.space.view();
         let table = dtt.filter(|_| drain == Drain::Deactivate).map(|dtt| (dtt, &*view));
@@ -249,6 +268,16 @@ impl<S: TableSpace> Pinner<S> {
     #[must_use]
     pub fn is_active(&self) -> bool {
         self.activation.read().dtt.is_some()
+    }
+
+    /// Whether an endpoint has asked for a page of the table in use: its driver in the guest then says what it uses.
+    #[must_use]
+    pub fn has_asked(&self, endpoint: Bdf) -> bool {
+        self.is_active() && self.asked_of(endpoint).is_some_and(|asked| asked.load(Relaxed))
+    }
+
+    fn asked_of(&self, endpoint: Bdf) -> Option<&std::sync::atomic::AtomicBool> {
+        self.config.endpoints.binary_search(&endpoint).ok().and_then(|at| self.asked.get(at))
     }
 
     /// No unpinning until the matching [`unpark`](Self::unpark). When this returns, none is under way. Nests.

@@ -1,5 +1,6 @@
 //! Serving a request, step by step, a piece of its pages at a time.
 
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use coiommu_dtt::RequestWord;
@@ -128,6 +129,9 @@ impl<S: TableSpace> Pinner<S> {
             let is_away = matches!(refusal, Refusal::Unreadable(_)) && regions.any_absent();
             let step = if may_wait && is_away { Step::Wait } else { Step::Done(PinResult::Refused(refusal)) };
             return Served::Step(step);
+        }
+        if let Some(asked) = request.endpoint().and_then(|endpoint| self.asked_of(endpoint)) {
+            asked.store(true, Relaxed);
         }
         let mut serving = Serving::new(self, &regions, dtt, &*view, times);
         let piece = serving.pin_piece(request.room, scratch.piece());

@@ -20,7 +20,8 @@ use crate::sync::Mutex;
 impl<S: TableSpace> Pinner<S> {
     /// RAM is there, and the [`TableSpace`] shows it already. Pages that were pinned when it went, in the same file at the
     /// same offset, are mapped again before this returns: the guest still sees them PINNED. If something else comes to
-    /// their place, their PINNED is cleared.
+    /// their place, their PINNED is cleared. Where [all is kept](Self::keep_all) and no table is in use, they are not:
+    /// [`pin_all`](Self::pin_all) does it.
     ///
     /// # Errors
     ///
@@ -46,7 +47,9 @@ impl<S: TableSpace> Pinner<S> {
         }
         let bank = Bank::new(region);
         let (returning, forgotten) = self.regions.write().add(bank.clone());
-        let lost = self.bring_back(&returning, &bank);
+        // Where all is pinned anyway and nobody has seen what was, that takes its time later.
+        let is_for_nobody = self.keeps_all() && !self.is_active();
+        let lost = if is_for_nobody { Vec::new() } else { self.bring_back(&returning, &bank) };
         let pages: u64 = lost.iter().map(|run| run.end - run.start).sum();
         if let Some(all) = self.counts.pages_lost.add_and_tell(pages) {
             log::warn!("{pages} pages were pinned when the RAM at {gpa} went, and are not any more ({all} so far)");

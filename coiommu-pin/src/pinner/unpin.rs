@@ -133,10 +133,10 @@ pub struct TickReport {
 impl<S: TableSpace> Pinner<S> {
     /// Passes over the blocks that have pages, from where the last tick ended, and takes back what is idle: at most
     /// `budget` pages, but for one extent that is larger by itself. Everything else ages. Does nothing while parked or
-    /// not active.
+    /// not active, or while [all is kept](Self::keep_all).
     pub fn tick(&self, budget: Option<u64>) -> TickReport {
         let mut report = TickReport::default();
-        if *self.park.read() > 0 {
+        if *self.park.read() > 0 || self.keeps_all() {
             return report;
         }
         let start = *self.hand.lock();
@@ -278,7 +278,7 @@ impl<S: TableSpace> Pinner<S> {
             Ask::Forced(pages) => block.extents_touching(pages),
             _ => *block.mapped(),
         };
-        if candidates.is_empty() {
+        if candidates.is_empty() || self.keeps_all() {
             return unpinned;
         }
         let leaves = Leaves::find(no, dtt, mem);

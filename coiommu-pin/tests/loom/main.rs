@@ -23,6 +23,7 @@ mod host;
 mod idle;
 mod iommu;
 mod pin;
+mod pin_all;
 mod ram;
 mod room;
 mod shrinker;
