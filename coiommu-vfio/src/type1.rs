@@ -3,10 +3,13 @@
 //! | file | what |
 //! | --- | --- |
 //! | [`device`] | [`Device`]: its registers, bus mastering, reset |
+//! | [`region`] | [`Region`], and [`Area`], what of one another process may map |
+//! | [`interrupts`] | [`Interrupts`]: which eventfds the device signals |
 //! | [`needs`] | [`Needs`]: whether a guest can be served at all |
 //! | [`error`] | [`OpenError`]: why devices cannot be used, and what to do |
 //! | `sysfs` | a device's group and who else is in it |
-//! | `info` | what a container says of itself |
+//! | `config` | where a device's capabilities are in its config space |
+//! | `info` | what the kernel says of a container and of a device |
 //! | `sys` | the ioctls: the only unsafe code |
 //!
 //! The devices, their groups and the container are opened by vfio-ioctls, none of whose types are in the interface: it
@@ -18,8 +21,11 @@
 
 pub mod device;
 pub mod error;
+pub mod interrupts;
 pub mod needs;
+pub mod region;
 
+mod config;
 mod info;
 mod sys;
 mod sysfs;
@@ -35,9 +41,11 @@ use coiommu_pin::{Backing, DmaMapper, Limits, MapError};
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioError};
 use vmm_sys_util::errno::Error as Errno;
 
-pub use device::{Device, Region};
+pub use device::Device;
 pub use error::{Neighbour, OpenError};
+pub use interrupts::{Action, InterruptError, InterruptInfo, Interrupts};
 pub use needs::{Needs, NeedsError};
+pub use region::{Area, Region};
 
 /// What guests count their DMA in, in bytes.
 const GUEST_PAGE: u64 = 0x1000;
@@ -72,7 +80,7 @@ impl Type1 {
         let open = |(address, found): (String, sysfs::Found)| {
             let device = VfioDevice::new(&found.path, container.clone(), false);
             let device = device.map_err(|error| of_device(&address, &found, &error))?;
-            Device::new(address, device).map(Arc::new).map_err(|source| system("open a device a second time", source))
+            Device::new(address, device).map(Arc::new).map_err(|source| system("ask a device what it has", source))
         };
         let devices = addresses.into_iter().zip(found).map(open).collect::<Result<Vec<_>, _>>()?;
         let fd = sys::duplicate(&*container).map_err(|source| system("open the container a second time", source))?;
