@@ -7,6 +7,8 @@ use coiommu_pin::pinner::UnpinReport;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::serve::passthrough::gate::{All, Passed};
+
 /// What is asked.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Line {
@@ -33,6 +35,12 @@ pub(crate) enum Command {
     Resume {
         /// The hold.
         hold: u64,
+    },
+    /// Unmap ranges behind the pinner's back, so that devices fault there.
+    #[cfg(feature = "test-hooks")]
+    Yank {
+        /// Which: each a whole number of mappings.
+        ranges: Vec<Pin>,
     },
 }
 
@@ -145,6 +153,10 @@ pub(crate) struct Stats {
     /// Of requests, from a doorbell to its answer.
     pub(crate) answer_p50_us: u64,
     pub(crate) answer_p99_us: u64,
+    /// How far all memory is pinned, for devices that are started without the guest's driver.
+    pub(crate) pin_all: All,
+    /// The devices that are passed through.
+    pub(crate) passed: Vec<Passed>,
 }
 
 /// What came of an unpin.

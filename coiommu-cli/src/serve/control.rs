@@ -176,6 +176,8 @@ impl Session {
             Command::Pins => serde_json::to_value(served.pins()),
             Command::Unpin { ranges } => serde_json::to_value(self.unpin(&served, &ranges)?),
             Command::Resume { .. } => Ok(json!({})),
+            #[cfg(feature = "test-hooks")]
+            Command::Yank { ranges } => serde_json::to_value(yank(&served, &ranges)?),
         };
         value.map_err(|error| Failure::new(Code::Failed, error.to_string()))
     }
@@ -215,6 +217,13 @@ impl Session {
         }
         Ok(Unpinned { hold, ranges: answers })
     }
+}
+
+/// How many bytes are not mapped any more.
+#[cfg(feature = "test-hooks")]
+fn yank(served: &Served, ranges: &[Pin]) -> Result<u64, Failure> {
+    let unmapped = ranges.iter().map(|range| served.mapper.unmap(range.gpa, range.bytes));
+    unmapped.sum::<Result<u64, _>>().map_err(|error| Failure::new(Code::Failed, error.to_string()))
 }
 
 fn too_long() -> Reply {

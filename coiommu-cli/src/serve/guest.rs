@@ -13,16 +13,18 @@ use coiommu_dtt::Gpa;
 use coiommu_pci::{Bar, ConfigSpace, Device, DeviceConfig, Doorbells, Outcome, registers};
 use coiommu_pin::pinner::{Clock as _, Drain, SystemClock};
 use coiommu_pin::worker::{Service, Team, TeamConfig};
-use coiommu_pin::{DmaMapper, Pinner, PinnerConfig, SharedSlots};
+use coiommu_pin::{Pinner, PinnerConfig, SharedSlots};
+use coiommu_vfio::type1::Needs;
 use coiommu_vfio_user::{
     Access, Connection, DeviceInfo, Errno, IrqChange, IrqInfo, Mapping, RegionInfo, RegionWrite, Request, SetIrqs, pci,
 };
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-use super::Config;
+use super::passthrough::pin_all::AllPinner;
 use super::ram::{Ram, RamError, Space};
 use super::watch::Served;
+use super::{Config, Host, Serves};
 
 /// The workers of a guest.
 pub(crate) type Workers = Team<Space, SharedSlots<GuestMemoryMmap>>;
@@ -32,7 +34,8 @@ const CONFIG_REGION: u32 = pci::CONFIG_REGION;
 
 /// A guest.
 #[derive(Debug)]
-pub(crate) struct Guest {
+pub(crate) struct Guest<'a> {
+    host: &'a Host,
     device: Device,
     doorbells: Doorbells,
     ram: Ram,
@@ -41,6 +44,8 @@ pub(crate) struct Guest {
     /// Of a driver that is active.
     table: Option<Table>,
     served: Arc<Served>,
+    /// Where there are devices of the host.
+    all_pinner: Option<AllPinner>,
 }
 
 /// The guest's table, which may be another's as seen from here.
@@ -51,13 +56,13 @@ struct Table {
     unserved: u64,
 }
 
-impl Guest {
+impl<'a> Guest<'a> {
     /// A guest that has no RAM yet, with its workers started.
-    pub(crate) fn new(config: &Config, mapper: Arc<dyn DmaMapper>) -> anyhow::Result<Self> {
+    pub(crate) fn new(config: &Config, host: &'a Host) -> anyhow::Result<Self> {
         let device = Device::new(&DeviceConfig::new(config.vcpus, config.endpoints.clone()))?;
         let ram = Ram::new();
         let pinner_config = PinnerConfig::new(config.policy.clone(), config.endpoints.clone());
-        let pinner = Pinner::new(ram.space().clone(), mapper, pinner_config)?;
+        let pinner = Pinner::new(ram.space().clone(), host.mapper(), pinner_config)?;
         let slots = slots_file().context("cannot make the memory of the notify map")?;
         let notify = SharedSlots::new(Arc::new(map_slots(&slots)?), config.vcpus)?;
         let service = Arc::new(Service::new(pinner, notify).context("cannot make the workers' eventfds")?);
@@ -65,14 +70,17 @@ impl Guest {
         team.look = config.look;
         team.pin_workers = config.pin_workers;
         let workers = Team::spawn(&service, &team).context("cannot start the workers")?;
-        Ok(Self {
-            doorbells: device.doorbells(),
-            device,
-            ram,
-            slots,
-            table: None,
-            served: Arc::new(Served::new(workers)),
-        })
+        let served = Arc::new(Served::new(workers, host));
+        let all_pinner = match host.container() {
+            Some(_) => {
+                host.gate.guest_comes();
+                let spawned = AllPinner::spawn(Arc::clone(&served), Arc::clone(&host.gate));
+                Some(spawned.inspect_err(|_| host.gate.guest_goes()).context("cannot start a thread")?)
+            }
+            None => None,
+        };
+        let doorbells = device.doorbells();
+        Ok(Self { host, device, doorbells, ram, slots, table: None, served, all_pinner })
     }
 
     pub(crate) fn served(&self) -> &Arc<Served> {
@@ -83,49 +91,34 @@ impl Guest {
         self.served.workers.service().pinner()
     }
 
-    /// Carries out what the VMM asks for, and answers: when it has taken effect, but for doorbells.
-    pub(crate) fn serve(&mut self, connection: &mut Connection, request: Request) {
-        match request {
-            Request::DeviceInfo(ticket) => connection.answer(ticket, Ok(DeviceInfo::pci(true))),
-            Request::RegionInfo(index, ticket) => connection.answer(ticket, self.region(index)),
-            Request::IrqInfo(index, ticket) => connection.answer(ticket, no_irqs(index)),
-            Request::SetIrqs(set, ticket) => connection.answer(ticket, set_no_irqs(&set)),
-            Request::RegionRead(access, ticket) => {
-                let mut data = ticket.buffer();
-                let read = self.read(access, &mut data);
-                connection.answer(ticket, read.map(|()| data));
-            }
-            Request::RegionWrite(write, ticket) => match self.doorbell(&write) {
-                // A CPU of the guest waits for the answer, with everything else in the VMM that takes its lock.
-                Some(vcpu) => {
-                    let came = SystemClock.now();
-                    connection.answer(ticket, Ok(()));
-                    self.ring(vcpu, came);
-                    self.look_for_the_table();
-                }
-                None => {
-                    self.say_if_nobody_rings(write.access());
-                    connection.answer(ticket, self.write(write.access(), write.data()));
-                }
-            },
-            Request::DmaMap(map, ticket) => {
-                let mapped = self.ram.map(map, self.served.workers.service().pinner());
-                self.served.ram.store(self.ram.bytes(), Relaxed);
-                connection.answer(ticket, mapped.map_err(|error| refused(&error)));
-            }
-            Request::DmaUnmap(unmap, ticket) => {
-                let unmapped = self.ram.unmap(unmap, self.served.workers.service().pinner());
-                self.served.ram.store(self.ram.bytes(), Relaxed);
-                connection.answer(ticket, unmapped.map_err(|error| refused(&error)));
-            }
-            Request::Reset(ticket) => {
-                let outcome = self.device.reset();
-                self.carry_out(outcome);
-                connection.answer(ticket, Ok(()));
-            }
-            Request::RegionIoFds(_, ticket) => connection.answer(ticket, Err(Errno::NOTSUP)),
-            // Answered with an error as it is dropped.
-            other => tracing::warn!("the VMM asks for what is not served: {other:?}"),
+    /// RAM comes or goes, as the VMM says.
+    fn change_ram(
+        &mut self,
+        change: impl FnOnce(&mut Ram, &Pinner<Space>) -> Result<(), RamError>,
+    ) -> Result<(), Errno> {
+        let before = self.ram.bytes();
+        let changed = change(&mut self.ram, self.served.workers.service().pinner());
+        let bytes = self.ram.bytes();
+        self.served.ram.store(bytes, Relaxed);
+        self.host.memory.set(self.ram.ranges());
+        if bytes > before {
+            self.say_if_it_cannot_be_pinned(bytes);
+            self.host.gate.ram_has_come();
+        }
+        changed.map_err(|error| {
+            tracing::warn!("{error}");
+            error.errno()
+        })
+    }
+
+    /// Whether the host lets as much be pinned as may have to be.
+    fn say_if_it_cannot_be_pinned(&self, ram: u64) {
+        let Some(container) = self.host.container() else { return };
+        let policy = self.pinner().policy();
+        let pinned = policy.quota.map_or(ram, |quota| quota.min(ram));
+        let needs = Needs { ram: Vec::new(), pinned, mappings: 0 };
+        if let Err(error) = container.prepare(&needs) {
+            tracing::warn!("{error}");
         }
     }
 
@@ -223,8 +216,12 @@ impl Guest {
         if self.ram.bytes() == 0 {
             self.ram.say_not_shared();
         }
+        if self.pinner().is_active() {
+            self.host.gate.drain();
+        }
         // Where it is not, the pinner has said why, as rarely as a guest may have things said.
         if self.pinner().activate(root, levels).is_ok() {
+            self.host.gate.activated();
             tracing::info!("the guest's driver is active: its table is at {root}, of {levels} levels");
             self.table = Some(Table { root, unserved: self.unserved() });
         }
@@ -249,6 +246,8 @@ impl Guest {
 
     fn drain(&mut self, drain: Drain) {
         self.table = None;
+        // Before anything is, no device does DMA.
+        self.host.gate.drain();
         // What cannot be unmapped is said by the pinner, and keeps its memory.
         let _stuck = self.pinner().deactivate(drain);
         self.served.parked.clear();
@@ -256,7 +255,57 @@ impl Guest {
 
     /// Nothing is pinned any more, and the workers end. `Deactivate` tells the guest, if there still is one.
     pub(crate) fn end(self, drain: Drain) -> anyhow::Result<()> {
+        self.host.gate.guest_goes();
+        if let Some(all_pinner) = self.all_pinner {
+            all_pinner.join();
+        }
         self.served.workers.stop(drain).context("some memory stays pinned")
+    }
+}
+
+impl Serves for Guest<'_> {
+    /// Answers when it has taken effect, but for doorbells.
+    fn serve(&mut self, connection: &mut Connection, request: Request) {
+        match request {
+            Request::DeviceInfo(ticket) => connection.answer(ticket, Ok(DeviceInfo::pci(true))),
+            Request::RegionInfo(index, ticket) => connection.answer(ticket, self.region(index)),
+            Request::IrqInfo(index, ticket) => connection.answer(ticket, no_irqs(index)),
+            Request::SetIrqs(set, ticket) => connection.answer(ticket, set_no_irqs(&set)),
+            Request::RegionRead(access, ticket) => {
+                let mut data = ticket.buffer();
+                let read = self.read(access, &mut data);
+                connection.answer(ticket, read.map(|()| data));
+            }
+            Request::RegionWrite(write, ticket) => match self.doorbell(&write) {
+                // A CPU of the guest waits for the answer, with everything else in the VMM that takes its lock.
+                Some(vcpu) => {
+                    let came = SystemClock.now();
+                    connection.answer(ticket, Ok(()));
+                    self.ring(vcpu, came);
+                    self.look_for_the_table();
+                }
+                None => {
+                    self.say_if_nobody_rings(write.access());
+                    connection.answer(ticket, self.write(write.access(), write.data()));
+                }
+            },
+            Request::DmaMap(map, ticket) => {
+                let mapped = self.change_ram(|ram, pinner| ram.map(map, pinner));
+                connection.answer(ticket, mapped);
+            }
+            Request::DmaUnmap(unmap, ticket) => {
+                let unmapped = self.change_ram(|ram, pinner| ram.unmap(unmap, pinner));
+                connection.answer(ticket, unmapped);
+            }
+            Request::Reset(ticket) => {
+                let outcome = self.device.reset();
+                self.carry_out(outcome);
+                connection.answer(ticket, Ok(()));
+            }
+            Request::RegionIoFds(_, ticket) => connection.answer(ticket, Err(Errno::NOTSUP)),
+            // Answered with an error as it is dropped.
+            other => tracing::warn!("the VMM asks for what is not served: {other:?}"),
+        }
     }
 }
 
@@ -304,11 +353,6 @@ fn set_no_irqs(set: &SetIrqs) -> Result<(), Errno> {
         IrqChange::Disable if set.index < pci::IRQS => Ok(()),
         _ => Err(Errno::INVAL),
     }
-}
-
-fn refused(error: &RamError) -> Errno {
-    tracing::warn!("{error}");
-    error.errno()
 }
 
 /// Memory for the notify map that nobody can resize.

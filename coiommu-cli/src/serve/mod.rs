@@ -6,6 +6,7 @@
 //! | `guest.rs` | what a VMM asks for: the device that the guest sees, and its workers |
 //! | `ram.rs` | the guest's memory, which comes and goes |
 //! | `wait.rs` | waiting for the VMM, for the next one, and for signals |
+//! | `passthrough/` | devices of the host, each at a socket of its own |
 //! | `watch.rs` | what others may see of the guest that is served |
 //! | `control.rs` | the control socket: `docs/control.md` |
 //! | `metrics.rs` | Prometheus text |
@@ -17,14 +18,15 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use coiommu_dtt::Bdf;
 use coiommu_pin::pinner::Drain;
 use coiommu_pin::{DmaMapper, Policy};
-use coiommu_vfio::SoftIommu;
-use coiommu_vfio_user::{Connection, ConnectionError, Event, Limits, Listener};
+use coiommu_vfio::{SoftIommu, Type1};
+use coiommu_vfio_user::{Connection, ConnectionError, Event, Limits, Listener, Request};
 
 pub(crate) mod control;
 mod guest;
@@ -32,20 +34,25 @@ mod http;
 mod limits;
 mod logging;
 mod metrics;
+pub(crate) mod passthrough;
 mod ram;
 mod wait;
 mod watch;
 
 use guest::Guest;
 use logging::LogFormat;
+use passthrough::{DeviceArgument, Gate, Memory, Passthrough, WithoutDriver};
 use wait::{Signals, Woken};
 use watch::Watch;
 
 /// Serve a guest the CoIOMMU device, over vfio-user
 ///
 /// A VMM that speaks vfio-user (QEMU 10.1 or newer) connects to the socket and shows the device to its guest, whose
-/// driver then counts the DMA of the endpoints that are named here. The guest's memory has to be shared. Until devices
-/// can be passed through, what the endpoints may reach is kept in an IOMMU in software.
+/// driver then counts the DMA of the endpoints that are named here. The guest's memory has to be shared.
+///
+/// With `--passthrough`, an endpoint is a device of the host, which the guest gets through a socket of its own; what it may
+/// reach is what is pinned. An `--endpoint` is a device that the VMM emulates: it reaches everything, whatever is pinned in an
+/// IOMMU in software, which is for trying this out.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -53,7 +60,10 @@ Examples:
   coiommu serve --socket /run/vm1.sock --vcpus 4 --endpoint 00:03.0 --endpoint 00:05.0 --persist \\
       --policy extent=run,unpin_policy=lru,unpin_interval=1 --control /run/vm1.ctl --metrics 127.0.0.1:9400
 
-QEMU takes, besides its own options:
+  coiommu serve --socket /run/vm1.sock --vcpus 4 --policy unpin_policy=lru,unpin_interval=1 \\
+      --passthrough host=0000:03:00.0,guest=00:05.0,socket=/run/vm1-nvme.sock
+
+QEMU takes, besides its own options, and with one more vfio-user-pci for each device that is passed through, at its address:
   -object memory-backend-memfd,id=ram,size=4G,share=on -machine q35,memory-backend=ram \\
   -device '{\"driver\":\"vfio-user-pci\",\"socket\":{\"path\":\"/run/vm1.sock\",\"type\":\"unix\"},\"addr\":\"08.0\"}'
 An endpoint is named as the guest sees it: with addr=03.0 on QEMU's bus 0 it is 00:03.0.
@@ -72,8 +82,17 @@ pub struct Args {
     vcpus: u16,
 
     /// A device of the guest whose DMA is tracked, by its address in the guest; may be given many times
-    #[arg(long = "endpoint", value_name = "BDF", required = true)]
+    #[arg(long = "endpoint", value_name = "BDF", required_unless_present = "passthrough")]
     endpoints: Vec<Bdf>,
+
+    /// A device of the host to pass through, by its address there (bound to vfio-pci) and in the guest, and the Unix socket
+    /// at which the VMM finds it; may be given many times
+    #[arg(long, value_name = "host=BDF,guest=BDF,socket=PATH")]
+    passthrough: Vec<DeviceArgument>,
+
+    /// What becomes of a guest that starts a device without CoIOMMU's driver, as firmware does
+    #[arg(long, value_name = "WHAT", default_value = "pin-all")]
+    without_driver: WithoutDriver,
 
     /// How to pin and unpin: key=value pairs with commas between
     #[arg(long, value_name = "LIST", default_value_t)]
@@ -120,7 +139,7 @@ impl Config {
     fn new(args: &Args) -> Self {
         Self {
             vcpus: args.vcpus.into(),
-            endpoints: args.endpoints.clone(),
+            endpoints: args.endpoints.iter().copied().chain(args.passthrough.iter().map(|it| it.guest)).collect(),
             policy: args.policy.clone(),
             pin_workers: args.pin_workers,
             look: Duration::from_micros(args.look),
@@ -154,20 +173,83 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     served
 }
 
+/// What all guests are served through, one after the other.
+#[derive(Debug)]
+pub(crate) struct Host {
+    /// `None`: what is pinned is kept in an IOMMU in software, a new one for each guest.
+    passthrough: Option<Passthrough>,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) memory: Memory,
+}
+
+impl Host {
+    /// `None`: a signal came before the devices could be had.
+    fn open(args: &Args, signals: &Signals) -> anyhow::Result<Option<Self>> {
+        if args.passthrough.is_empty() {
+            let gate = Arc::new(Gate::new(args.without_driver, []));
+            return Ok(Some(Self { passthrough: None, gate, memory: Memory::default() }));
+        }
+        let Some(passthrough) = Passthrough::open(&args.passthrough, signals)? else { return Ok(None) };
+        let gate = Arc::new(passthrough.gate(args.without_driver));
+        Ok(Some(Self { passthrough: Some(passthrough), gate, memory: Memory::default() }))
+    }
+
+    /// The container of the devices, if there are some.
+    pub(crate) fn container(&self) -> Option<&Arc<Type1>> {
+        self.passthrough.as_ref().map(|passthrough| &passthrough.container)
+    }
+
+    pub(crate) fn mapper(&self) -> Arc<dyn DmaMapper> {
+        match self.container() {
+            Some(container) => Arc::clone(container) as _,
+            None => Arc::new(SoftIommu::new()),
+        }
+    }
+}
+
 fn serve_all(args: &Args) -> anyhow::Result<()> {
     let signals = Signals::catch().context("cannot catch signals")?;
     let config = Config::new(args);
     limits::raise_open_files();
+    let Some(host) = Host::open(args, &signals)? else { return Ok(()) };
     // What is wrong with it is found out now, not when a VMM comes.
-    new_guest(&config, Arc::new(SoftIommu::new()))?.end(Drain::Reset)?;
+    new_guest(&config, &host)?.end(Drain::Reset)?;
     let listener = Listener::bind(&args.socket)?;
+    let devices = host.passthrough.as_ref().map_or(Ok(Vec::new()), Passthrough::listen)?;
     let watch = Watch::default();
     let _control = args.control.as_deref().map(|path| control::listen(path, &watch)).transpose()?;
     let _metrics = args.metrics.as_ref().map(|place| metrics::listen(place, &watch)).transpose()?;
-    tracing::info!("waiting for a VMM at {}", args.socket.display());
-    while let Some(stream) = wait::for_client(&listener, &signals)? {
+    thread::scope(|scope| {
+        // However it ends, so do the threads.
+        let _end = End(&signals);
+        if let Some(passthrough) = &host.passthrough {
+            passthrough.serve(scope, &devices, &host.gate, &host.memory, &signals)?;
+        }
+        tracing::info!("waiting for a VMM at {}", args.socket.display());
+        serve_vmms(args.persist, &config, &host, &listener, &signals, &watch)
+    })
+}
+
+/// Ends all threads when it is dropped.
+struct End<'a>(&'a Signals);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.raise();
+    }
+}
+
+fn serve_vmms(
+    persist: bool,
+    config: &Config,
+    host: &Host,
+    listener: &Listener,
+    signals: &Signals,
+    watch: &Watch,
+) -> anyhow::Result<()> {
+    while let Some(stream) = wait::for_client(listener, signals)? {
         let connection = Connection::new(stream, Limits::default());
-        match (serve(connection, &config, &listener, &signals, &watch), args.persist) {
+        match (serve(connection, config, host, listener, signals, watch), persist) {
             (Ok(Ended::Stopped), _) | (Ok(Ended::Gone), false) => break,
             (Ok(Ended::Nobody), _) => {}
             (Ok(Ended::Gone), true) => tracing::info!("waiting for the next VMM"),
@@ -179,20 +261,20 @@ fn serve_all(args: &Args) -> anyhow::Result<()> {
 }
 
 /// A guest, each of whose vCPUs costs file descriptors.
-fn new_guest(config: &Config, mapper: Arc<dyn DmaMapper>) -> anyhow::Result<Guest> {
-    Guest::new(config, mapper).map_err(limits::name_open_files)
+fn new_guest<'a>(config: &Config, host: &'a Host) -> anyhow::Result<Guest<'a>> {
+    Guest::new(config, host).map_err(limits::name_open_files)
 }
 
 /// Serves a VMM to its end, whatever that is; then nothing is pinned.
 fn serve(
     mut connection: Connection,
     config: &Config,
+    host: &Host,
     listener: &Listener,
     signals: &Signals,
     watch: &Watch,
 ) -> anyhow::Result<Ended> {
-    let mapper = Arc::new(SoftIommu::new()) as Arc<dyn DmaMapper>;
-    let mut guest = new_guest(config, mapper)?;
+    let mut guest = new_guest(config, host)?;
     tracing::info!("a VMM has connected");
     let shown = watch.show(guest.served());
     let ended = requests(&mut guest, &mut connection, listener, signals);
@@ -215,13 +297,19 @@ fn serve(
     Ok(ended)
 }
 
+/// What is behind a socket.
+trait Serves {
+    /// Carries out what the VMM asks for, and answers.
+    fn serve(&mut self, connection: &mut Connection, request: Request);
+}
+
 /// A guest can keep its VMM writing: after so many looks at the connection there is one at signals and at who else is
 /// there.
 const TURN: u64 = 64;
 
 /// Carries out what a VMM asks for, until there is nothing more to come.
 fn requests(
-    guest: &mut Guest,
+    device: &mut dyn Serves,
     connection: &mut Connection,
     listener: &Listener,
     signals: &Signals,
@@ -241,7 +329,7 @@ fn requests(
             event => event.context("the VMM's connection has ended")?,
         };
         match event {
-            Event::Request(request) => guest.serve(connection, request),
+            Event::Request(request) => device.serve(connection, request),
             Event::Closed => return Ok(if connection.client().is_some() { Ended::Gone } else { Ended::Nobody }),
             Event::More => {}
             Event::Idle => match wait::for_any(connection, listener, signals)? {

@@ -25,6 +25,8 @@ use vm_memory::{
     VolatileMemory as _,
 };
 
+use super::passthrough::memory::RamRanges;
+
 /// Guest memory, of which each look takes a view.
 pub(crate) type Space = GuestMemoryAtomic<GuestRegionCollection<Piece>>;
 
@@ -167,6 +169,12 @@ impl Ram {
     /// How much of it there is, in bytes.
     pub(crate) fn bytes(&self) -> u64 {
         self.maps.values().filter(|map| map.is_ram).fold(0, |sum: u64, map| sum.saturating_add(map.range.size()))
+    }
+
+    /// Where it is.
+    pub(crate) fn ranges(&self) -> RamRanges {
+        let ram = self.maps.values().filter(|map| map.is_ram);
+        ram.map(|map| (map.range.start(), map.range.last())).collect()
     }
 
     pub(crate) fn space(&self) -> &Space {

@@ -1,6 +1,6 @@
 //! Waiting: for the VMM that is served, for the next one, and for signals.
 
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -15,17 +15,25 @@ use signal_hook::low_level::pipe;
 /// The signals that end it.
 #[derive(Debug)]
 pub(crate) struct Signals {
-    /// Readable once one has come.
+    /// Readable once one has come; never read.
     caught: UnixStream,
+    /// What makes it so.
+    raise: UnixStream,
 }
 
 impl Signals {
     pub(crate) fn catch() -> io::Result<Self> {
-        let (caught, write) = UnixStream::pair()?;
+        let (caught, raise) = UnixStream::pair()?;
         for signal in [SIGTERM, SIGINT] {
-            pipe::register(signal, write.try_clone()?)?;
+            pipe::register(signal, raise.try_clone()?)?;
         }
-        Ok(Self { caught })
+        Ok(Self { caught, raise })
+    }
+
+    /// As if one had come: everybody who waits ends.
+    pub(crate) fn raise(&self) {
+        // It fails only if so much was written already that nothing more has room.
+        let _full = (&self.raise).write(&[0]);
     }
 }
 
@@ -36,6 +44,13 @@ pub(crate) enum Woken {
     Stop,
     /// The connection is to be looked at.
     Connection,
+}
+
+/// Waits for so long; whether a signal has come.
+pub(crate) fn for_signal(signals: &Signals, time: Duration) -> anyhow::Result<bool> {
+    let time = Timespec::try_from(time).context("it is too long to wait")?;
+    let [stop] = ready([(signals.caught.as_fd(), PollFlags::IN)], Some(&time))?;
+    Ok(stop)
 }
 
 /// Waits for a VMM. `None`: a signal came first.

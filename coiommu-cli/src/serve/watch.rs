@@ -7,13 +7,19 @@ use std::time::{Duration, Instant};
 use coiommu_dtt::PAGE_SIZE;
 use coiommu_pin::pinner::UnpinReport;
 
+use super::Host;
 use super::guest::Workers;
+use super::passthrough::Gate;
 use crate::control::{Pin, Stats};
 
 /// A guest that is served.
 #[derive(Debug)]
 pub(crate) struct Served {
     pub(crate) workers: Workers,
+    /// Of the devices that are passed through.
+    gate: Arc<Gate>,
+    #[cfg(feature = "test-hooks")]
+    pub(crate) mapper: Arc<dyn coiommu_pin::DmaMapper>,
     pub(crate) parked: Parked,
     pub(crate) unpins: Unpins,
     /// The bytes of RAM that may be pinned.
@@ -23,9 +29,12 @@ pub(crate) struct Served {
 }
 
 impl Served {
-    pub(crate) fn new(workers: Workers) -> Self {
+    pub(crate) fn new(workers: Workers, host: &Host) -> Self {
         Self {
             workers,
+            gate: Arc::clone(&host.gate),
+            #[cfg(feature = "test-hooks")]
+            mapper: host.mapper(),
             parked: Parked::default(),
             unpins: Unpins::default(),
             ram: AtomicU64::new(0),
@@ -38,6 +47,7 @@ impl Served {
         let service = self.workers.service();
         let pinner = service.pinner();
         let (counters, latency) = (pinner.counters(), service.doorbell_latency());
+        let (pin_all, passed) = self.gate.passed();
         Stats {
             active: pinner.is_active(),
             failure: service.failure().map(ToOwned::to_owned),
@@ -58,6 +68,8 @@ impl Served {
             parked_seconds: self.parked.time().as_secs_f64(),
             answer_p50_us: latency.value_at_quantile(0.5),
             answer_p99_us: latency.value_at_quantile(0.99),
+            pin_all,
+            passed,
         }
     }
 

@@ -18,7 +18,7 @@ use crate::wire::{BAR0, CONFIG, REGION_READ, message, posted_write, u32s, u64s};
 fn wrong_arguments_end_with_2() {
     let good = ["--socket", "/nowhere/s", "--vcpus", "1", "--endpoint", "00:03.0"];
     let with = |more: &[&'static str]| [&good[..], more].concat();
-    let wrong: [&[&str]; 12] = [
+    let wrong: [&[&str]; 15] = [
         &[],
         &good[..4],
         &good[2..],
@@ -31,6 +31,9 @@ fn wrong_arguments_end_with_2() {
         &with(&["--metrics", "9400"]),
         &with(&["--log-format", "poem"]),
         &with(&["--pin-workers", "0"]),
+        &with(&["--without-driver", "pray"]),
+        &with(&["--passthrough", "host=0000:03:00.0,guest=00:05.0"]),
+        &with(&["--passthrough", "host=0000:03:00.0,guest=00:20.0,socket=/nowhere/d"]),
     ];
     for arguments in wrong {
         let run = run([&["serve"], arguments].concat());
@@ -44,6 +47,14 @@ fn what_cannot_be_is_said_before_anything_is_there() {
     let ended = Server::launch(folder, &["--endpoint", "00:03.0"]).end();
     assert!(ended.complaint().contains("00:03.0"), "the endpoint is there twice: {}", ended.log);
     assert_eq!(names_in(ended.folder.path()), ["log"]);
+
+    // No machine has a bus of this domain.
+    let device = "host=fffffff0:00:00.0,guest=00:05.0,socket={}/device.sock";
+    let ended = Server::launch(tempfile::tempdir().unwrap(), &["--passthrough", device]).end();
+    assert!(ended.complaint().contains("there is no PCI device fffffff0:00:00.0"), "{}", ended.log);
+    assert_eq!(names_in(ended.folder.path()), ["log"]);
+    let ended = Server::launch(tempfile::tempdir().unwrap(), &["--passthrough", device, "--passthrough", device]).end();
+    assert!(ended.complaint().contains("fffffff0:00:00.0 is passed through twice"), "{}", ended.log);
 
     let ended = Server::launch(tempfile::tempdir().unwrap(), &["--metrics", "{}/no/such/folder"]).end();
     assert!(ended.complaint().contains("no/such/folder"), "{}", ended.log);
