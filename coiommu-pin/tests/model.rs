@@ -5,8 +5,10 @@ mod rig;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::time::Duration;
 
 use coiommu_dtt::LeafEntry;
+use coiommu_pin::pinner::PinAll;
 use proptest::prelude::*;
 use rig::{GFNS, PAGE, RAM, Rig, is_ram};
 
@@ -29,6 +31,12 @@ enum Op {
     Park,
     Unpark,
     Deactivate,
+    /// All RAM is pinned and kept; before a table is there, or while one is in use.
+    PinAll {
+        is_active: bool,
+    },
+    LetAllAge,
+    Release,
 }
 
 fn pages() -> impl Strategy<Value = Vec<u64>> {
@@ -48,6 +56,9 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         1 => Just(Op::Park),
         1 => Just(Op::Unpark),
         1 => Just(Op::Deactivate),
+        1 => any::<bool>().prop_map(|is_active| Op::PinAll { is_active }),
+        1 => Just(Op::LetAllAge),
+        2 => Just(Op::Release),
     ];
     prop::collection::vec(op, 1..STEPS)
 }
@@ -76,6 +87,9 @@ struct Model {
     changed: BTreeMap<u64, u32>,
     round: u32,
     parked: u32,
+    keeps_all: bool,
+    /// The blocks of regions in which something was mapped while all was kept.
+    kept: BTreeSet<u64>,
 }
 
 /// The pages of a page's block that are in its region.
@@ -112,11 +126,34 @@ impl Model {
         for &page in &wanted {
             if !self.is_mapped(page) {
                 let extent = self.extent(page, &wanted);
-                self.extents.insert(extent.start, extent.end - extent.start);
-                self.changed.insert(block_of(page).start, self.round);
+                self.enter(&extent);
                 extent.for_each(|page| self.leaves.entry(page).or_default().pinned = true);
             }
             self.leaves.entry(page).or_default().pinned = true;
+        }
+    }
+
+    fn enter(&mut self, extent: &Range<u64>) {
+        let block = block_of(extent.start).start;
+        self.extents.insert(extent.start, extent.end - extent.start);
+        self.changed.insert(block, self.round);
+        if self.keeps_all {
+            self.kept.insert(block);
+        }
+    }
+
+    /// What no extent has of each block, as an extent.
+    fn pin_all(&mut self) {
+        self.keeps_all = true;
+        let mut page = 0;
+        while page < GFNS {
+            if !is_ram(page) || self.is_mapped(page) {
+                page += 1;
+                continue;
+            }
+            let end = (page..block_of(page).end).take_while(|&page| !self.is_mapped(page)).last().unwrap() + 1;
+            self.enter(&(page..end));
+            page = end;
         }
     }
 
@@ -144,22 +181,27 @@ impl Model {
 
     /// Takes the extents away whose pages all satisfy `idle`; the pages that went.
     fn take(&mut self, candidates: Range<u64>, idle: impl Fn(&Leaf) -> bool) -> BTreeSet<u64> {
+        if self.keeps_all {
+            return BTreeSet::new();
+        }
         let going: Vec<_> = (self.extents.iter())
             .map(|(&first, &pages)| first..first + pages)
             .filter(|extent| extent.start < candidates.end && extent.end > candidates.start)
-            .filter(|extent| extent.clone().all(|page| idle(&self.leaves[&page])))
+            .filter(|extent| extent.clone().all(|page| idle(&self.leaves.get(&page).copied().unwrap_or_default())))
             .collect();
         for extent in &going {
             self.extents.remove(&extent.start);
             self.changed.insert(block_of(extent.start).start, self.round);
         }
         let gone: BTreeSet<_> = going.into_iter().flatten().collect();
-        gone.iter().for_each(|page| self.leaves.get_mut(page).unwrap().pinned = false);
+        gone.iter().for_each(|page| self.leaves.entry(*page).or_default().pinned = false);
+        let extents = &self.extents;
+        self.kept.retain(|&block| extents.range(block..block_of(block).end).next().is_some());
         gone
     }
 
     fn tick(&mut self) -> (u64, u64) {
-        if self.parked > 0 {
+        if self.parked > 0 || self.keeps_all {
             return (0, 0);
         }
         let (mut unpinned, mut aged) = (0, 0);
@@ -170,17 +212,36 @@ impl Model {
             if self.threshold != 0 && age >= self.threshold && !age.is_multiple_of(self.threshold) {
                 continue;
             }
-            unpinned += self.take(pages.clone(), |leaf| leaf.count == 0 && !leaf.accessed).len() as u64;
-            for page in pages.filter(|&page| self.is_mapped(page)).collect::<Vec<_>>() {
-                let leaf = self.leaves.get_mut(&page).unwrap();
-                aged += u64::from(leaf.accessed);
-                if std::mem::take(&mut leaf.accessed) && leaf.count == 0 {
-                    self.changed.insert(start, self.round);
-                }
-            }
+            let (unpinned_here, aged_here) = self.look_at(start, pages);
+            unpinned += unpinned_here;
+            aged += aged_here;
         }
         self.round += 1;
         (unpinned, aged)
+    }
+
+    /// What is idle in a block goes, the rest ages.
+    fn look_at(&mut self, start: u64, pages: Range<u64>) -> (u64, u64) {
+        let unpinned = self.take(pages.clone(), |leaf| leaf.count == 0 && !leaf.accessed).len() as u64;
+        let mut aged = 0;
+        for page in pages.filter(|&page| self.is_mapped(page)).collect::<Vec<_>>() {
+            let leaf = self.leaves.entry(page).or_default();
+            aged += u64::from(leaf.accessed);
+            if std::mem::take(&mut leaf.accessed) && leaf.count == 0 {
+                self.changed.insert(start, self.round);
+            }
+        }
+        (unpinned, aged)
+    }
+
+    /// How many blocks are left of those that were kept.
+    fn release(&mut self) -> u64 {
+        if self.parked == 0 && !self.keeps_all {
+            for block in self.kept.clone() {
+                self.look_at(block, block_of(block));
+            }
+        }
+        self.kept.len() as u64
     }
 
     /// Released, not pinned, busy, parked.
@@ -193,18 +254,19 @@ impl Model {
         }
         let gone = self.take(range.clone(), |leaf| leaf.count == 0);
         // ACCESSED is cleared before the swap.
-        gone.iter().for_each(|page| self.leaves.get_mut(page).unwrap().accessed = false);
+        gone.iter().for_each(|page| self.leaves.entry(*page).or_default().accessed = false);
         let after = mapped(self);
         [before - after, all - before, after, 0]
     }
 
     fn deactivate(&mut self) {
         for page in (0..GFNS).filter(|&page| self.is_mapped(page)).collect::<Vec<_>>() {
-            self.leaves.get_mut(&page).unwrap().pinned = false;
+            self.leaves.entry(page).or_default().pinned = false;
             self.changed.insert(block_of(page).start, self.round);
         }
         self.extents.clear();
-        self.parked = 0;
+        self.kept.clear();
+        (self.parked, self.keeps_all) = (0, false);
     }
 }
 
@@ -218,7 +280,9 @@ fn compare(rig: &Rig, model: &Model) {
             count: entry.count(),
         };
         assert_eq!(leaf, model.leaves.get(&page).copied().unwrap_or_default(), "leaf of page {page:#x}");
-        assert_eq!(leaf.pinned, model.is_mapped(page), "PINNED is the pin map's, page {page:#x}");
+        // What is pinned for who does not count says nothing to who does, until that asks.
+        let may_be_quiet = model.is_mapped(page) && is_ram(page) && model.kept.contains(&block_of(page).start);
+        assert!(leaf.pinned == model.is_mapped(page) || may_be_quiet, "PINNED is the pin map's, page {page:#x}");
     }
 }
 
@@ -232,6 +296,8 @@ fn run(extents_of: Extents, extent: &str, threshold: u32, ops: Vec<Op>) {
         changed: BTreeMap::new(),
         round: 0,
         parked: 0,
+        keeps_all: false,
+        kept: BTreeSet::new(),
     };
     let mut open: Vec<Vec<u64>> = Vec::new();
     for op in ops {
@@ -287,6 +353,23 @@ fn run(extents_of: Extents, extent: &str, threshold: u32, ops: Vec<Op>) {
                 assert!(!rig.pinner.is_active());
                 rig.pinner.activate(rig.guest.dtt().root(), 4).unwrap();
             }
+            Op::PinAll { is_active } => {
+                if !is_active {
+                    rig::drain(&rig);
+                    model.deactivate();
+                }
+                rig.pinner.keep_all();
+                assert_eq!(rig.pinner.pin_all(0, &rig.clock, Duration::from_secs(1)), PinAll::Done);
+                model.pin_all();
+                if !is_active {
+                    rig.pinner.activate(rig.guest.dtt().root(), 4).unwrap();
+                }
+            }
+            Op::LetAllAge => {
+                rig.pinner.let_all_age();
+                model.keeps_all = false;
+            }
+            Op::Release => assert_eq!(rig.pinner.release_idle(), model.release()),
         }
         compare(&rig, &model);
         for &page in open.iter().flatten() {
