@@ -9,7 +9,10 @@ use coiommu_vfio::type1::Device;
 
 use crate::machine::{self, announce_faults, kernel_log};
 
-/// Registers of its DMA in BAR 0.
+/// Registers of its interrupt in BAR 0: bits written to the one raise it, to the other take it back.
+const RAISE: u64 = 0x60;
+const LOWER: u64 = 0x64;
+/// Registers of its DMA.
 const SOURCE: u64 = 0x80;
 const TARGET: u64 = 0x88;
 const COUNT: u64 = 0x90;
@@ -46,6 +49,15 @@ impl Edu {
     /// Copies from its buffer to memory.
     pub(crate) fn write(&self, iova: u64, length: u64) {
         self.copy(BUFFER, iova, length, START | FROM_BUFFER);
+    }
+
+    /// Raises its interrupt: it stays so until it is lowered.
+    pub(crate) fn raise(&self) {
+        self.0.write(0, RAISE, &1_u32.to_le_bytes()).unwrap();
+    }
+
+    pub(crate) fn lower(&self) {
+        self.0.write(0, LOWER, &1_u32.to_le_bytes()).unwrap();
     }
 
     fn copy(&self, source: u64, target: u64, length: u64, command: u64) {

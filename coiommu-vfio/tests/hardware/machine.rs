@@ -10,6 +10,8 @@ use std::time::Duration;
 pub(crate) const EDU: (&str, &str) = ("0x1234", "0x11e8");
 /// Of its NVMe controller.
 pub(crate) const NVME: (&str, &str) = ("0x1b36", "0x0010");
+/// Of an xHCI.
+pub(crate) const XHCI: (&str, &str) = ("0x1033", "0x0194");
 /// Of two that share a group, behind a bridge: one that nobody needs, and one that the host drives.
 pub(crate) const IDLE: (&str, &str) = ("0x1b36", "0x0005");
 pub(crate) const DRIVEN: (&str, &str) = ("0x1af4", "0x1005");

@@ -75,10 +75,26 @@ impl Nvme {
 
     /// Makes a queue pair for reading and writing at this iova.
     pub(crate) fn make_queue(&self, admin: &mut Queue, memory: &GuestMemoryMmap, id: u16, at: u64) -> Queue {
+        self.make_queue_with(admin, memory, id, at, 0)
+    }
+
+    /// The same, with an interrupt for each completion.
+    pub(crate) fn make_queue_that_interrupts(
+        &self,
+        admin: &mut Queue,
+        memory: &GuestMemoryMmap,
+        id: u16,
+        at: u64,
+        vector: u16,
+    ) -> Queue {
+        self.make_queue_with(admin, memory, id, at, u32::from(vector) << 16 | 2)
+    }
+
+    fn make_queue_with(&self, admin: &mut Queue, memory: &GuestMemoryMmap, id: u16, at: u64, interrupt: u32) -> Queue {
         let queue = Queue::new(id, memory, at);
         let size = u32::from(ENTRIES - 1) << 16 | u32::from(id);
         // In one piece; the submissions' completions are the ones made before.
-        self.command(admin, memory, [0x05, 0], queue.completions, [size, 1, 0]).unwrap();
+        self.command(admin, memory, [0x05, 0], queue.completions, [size, interrupt | 1, 0]).unwrap();
         self.command(admin, memory, [0x01, 0], queue.submissions, [size, u32::from(id) << 16 | 1, 0]).unwrap();
         queue
     }

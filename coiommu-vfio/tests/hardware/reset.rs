@@ -17,6 +17,7 @@ fn a_device_that_is_reset_is_off() {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), QUEUE_BYTES)]).unwrap();
     let (nvme, _admin) = Nvme::start(Arc::clone(&device), &memory, 0);
     assert!(nvme.is_ready());
+    assert!(device.is_resettable());
     device.reset().unwrap();
     assert!(!nvme.is_ready());
 }
@@ -25,6 +26,7 @@ fn a_device_that_is_reset_is_off() {
 #[ignore = "needs edu behind an IOMMU"]
 fn a_device_that_cannot_be_reset_alone_says_so() {
     let container = Type1::open([Edu::address()]).unwrap();
+    assert!(!container.devices()[0].is_resettable());
     let error = container.devices()[0].reset().unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{error}");
 }

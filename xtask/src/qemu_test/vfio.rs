@@ -1,4 +1,4 @@
-//! `cargo xtask qemu-test vfio`: coiommu-vfio on the kernel's VFIO, with an IOMMU, edu and nvme.
+//! `cargo xtask qemu-test vfio`: coiommu-vfio on the kernel's VFIO, with an IOMMU, edu, nvme and xHCI.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -12,7 +12,7 @@ use super::judge;
 use crate::step;
 use crate::vm::{Answer, Choices, Claim, Emulator, FOLDER, Initramfs, Kernel, Machine, harness, machine, tools};
 
-/// Run the hardware tests of coiommu-vfio on a kernel's VFIO, with an IOMMU, edu and nvme
+/// Run the hardware tests of coiommu-vfio on a kernel's VFIO, with an IOMMU, edu, nvme and xHCI
 ///
 /// Fails if a test fails, if none ran, if the machine's kernel warns or reports a DMA fault that no test announced, and
 /// after the time limit. Debian's kernel is fetched once, with apt, and kept under target/vm: remove
@@ -79,8 +79,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         "-device virtio-rng-pci,bus=bridge,addr=2".to_owned(),
         format!("-drive if=none,id=disk,format=raw,file={}", disk.display()),
         "-device nvme,drive=disk,serial=coiommu".to_owned(),
+        // It has MSI with many messages.
+        "-device nec-usb-xhci".to_owned(),
     ];
-    eprintln!("booting Linux {} with {:?}'s IOMMU, edu and nvme", kernel.version(), args.iommu);
+    eprintln!("booting Linux {} with {:?}'s IOMMU, edu, nvme and xHCI", kernel.version(), args.iommu);
     let ended = Machine {
         claim: &claim,
         emulator: &Emulator::named(&args.choices.qemu),
@@ -138,7 +140,7 @@ fn job(filter: Option<&str>) -> String {
         "for device in /sys/bus/pci/devices/*; do
     if [ -e $device/driver ]; then continue; fi
     case $(cat $device/class) in
-        0x00ff00 | 0x010802)
+        0x00ff00 | 0x010802 | 0x0c0330)
             echo vfio-pci >$device/driver_override
             echo ${{device##*/}} >/sys/bus/pci/drivers_probe
             ;;
