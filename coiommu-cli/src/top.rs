@@ -157,7 +157,7 @@ fn figures_of(History { now, requests, unpinned, .. }: &History) -> Vec<String> 
         (None, true) => "the guest's driver is active".to_owned(),
         (None, false) => "the guest's driver is not active".to_owned(),
     };
-    vec![
+    let mut lines = vec![
         state,
         format!("policy     {}", now.policy),
         format!("mappings   {}", now.mappings),
@@ -171,7 +171,12 @@ fn figures_of(History { now, requests, unpinned, .. }: &History) -> Vec<String> 
             now.pages_unpinned_idle, now.pages_unpinned_for_room, now.pages_unpinned_forced
         ),
         format!("parked     {:.1} s; anomalies {}", now.parked_seconds, now.anomalies),
-    ]
+    ];
+    if !now.passed.is_empty() {
+        let devices = now.passed.iter().map(|device| format!("{} {}", device.host, device.bus_mastering()));
+        lines.push(format!("DMA        {}", devices.collect::<Vec<_>>().join(", ")));
+    }
+    lines
 }
 
 #[allow(clippy::cast_precision_loss, reason = "for people to look at")]
@@ -188,6 +193,8 @@ mod tests {
     use super::*;
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
+
+    use crate::serve::passthrough::gate::Passed;
 
     fn stats(pinned_bytes: u64, requests_pinned: u64) -> Stats {
         Stats { pinned_bytes, requests_pinned, guest_memory_bytes: 4 << 20, ..Stats::default() }
@@ -208,6 +215,14 @@ mod tests {
         assert!(history.requests > 0.0 && history.requests < 500.0);
         assert!(screen(&history, 80, 24).contains("3.0 of 4 MiB"));
         assert_eq!(history.pinned, [3 << 20, 1 << 20]);
+    }
+
+    #[test]
+    fn it_shows_which_devices_may_do_dma() {
+        let passed =
+            Passed { host: "0000:03:00.0".into(), guest: "00:05.0".into(), bus_master_wished: true, bus_master: false };
+        let history = History::new(Some(Stats { passed: vec![passed], ..stats(0, 0) }));
+        assert!(screen(&history, 80, 24).contains("0000:03:00.0 held"));
     }
 
     #[test]

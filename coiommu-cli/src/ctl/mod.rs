@@ -144,10 +144,15 @@ fn print(text: &str) -> anyhow::Result<()> {
 fn stats_table(stats: &Stats) -> anyhow::Result<String> {
     let mut table = table();
     if let serde_json::Value::Object(figures) = serde_json::to_value(stats)? {
-        for (name, value) in figures {
+        // A list is no figure.
+        for (name, value) in figures.into_iter().filter(|(_, value)| !value.is_array()) {
             let value = value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
             table.add_row([name.replace('_', " "), value]);
         }
+    }
+    for device in &stats.passed {
+        let state = format!("{} in the guest, bus mastering {}", device.guest, device.bus_mastering());
+        table.add_row([&device.host, &state]);
     }
     Ok(table.to_string() + "\n")
 }
@@ -175,12 +180,29 @@ fn table() -> Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::serve::passthrough::gate::Passed;
 
     #[test]
     fn numbers_are_decimal_or_hexadecimal() {
         assert_eq!(parse_number("4096"), Ok(4096));
         assert_eq!(parse_number("0x1000"), Ok(4096));
         assert!(parse_number("").is_err() && parse_number("-1").is_err() && parse_number("4k").is_err());
+    }
+
+    #[test]
+    fn devices_are_told_of_in_words() {
+        let device = |bus_master_wished, bus_master| Passed {
+            host: "0000:03:00.0".into(),
+            guest: "00:05.0".into(),
+            bus_master_wished,
+            bus_master,
+        };
+        let passed = vec![device(true, true), device(true, false), device(false, false)];
+        let text = stats_table(&Stats { pinned_bytes: 4096, passed, ..Stats::default() }).unwrap();
+        let line = |state: &str| format!("0000:03:00.0 00:05.0 in the guest, bus mastering {state}");
+        let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(["on", "held", "off"].iter().all(|state| words.contains(&line(state))), "{text}");
+        assert!(words.contains("pinned bytes 4096") && !words.contains("passed"), "{text}");
     }
 
     #[test]

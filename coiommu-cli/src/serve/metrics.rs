@@ -22,6 +22,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
 use super::http::{self, Response};
+use super::passthrough::gate::{All, Passed};
 use super::watch::{Served, Watch};
 
 /// Where metrics are served.
@@ -170,7 +171,26 @@ impl Page<'_> {
         self.counter("reclaims", "Times room was made", counters.reclaims)?;
         self.counter("anomalies", "Times the IOMMU and the books disagreed", counters.anomalies)?;
         self.seconds("parked", "Time that the guest had unpinning parked", served.parked.time().as_secs_f64())?;
+        let (all, passed) = served.gate.passed();
+        self.gauge(
+            "all_memory_pinned",
+            "Whether all RAM is pinned, for devices that are started without the guest's driver",
+            u64::from(all == All::Pinned),
+        )?;
+        if !passed.is_empty() {
+            self.bus_masters(&passed)?;
+        }
         self.latency(served)
+    }
+
+    fn bus_masters(&mut self, passed: &[Passed]) -> Result<(), fmt::Error> {
+        let help = "Whether a device that is passed through may do DMA";
+        let mut family = self.0.encode_descriptor("bus_master", help, None, MetricType::Gauge)?;
+        for Passed { host, guest, bus_master, .. } in passed {
+            let labels = [("host", host.as_str()), ("guest", guest.as_str())];
+            ConstGauge::new(i64::from(*bus_master)).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
     }
 
     fn gauge(&mut self, name: &str, help: &str, value: u64) -> Result<(), fmt::Error> {

@@ -17,7 +17,7 @@ use crate::control::{Pin, Stats};
 pub(crate) struct Served {
     pub(crate) workers: Workers,
     /// Of the devices that are passed through.
-    gate: Arc<Gate>,
+    pub(crate) gate: Arc<Gate>,
     #[cfg(feature = "test-hooks")]
     pub(crate) mapper: Arc<dyn coiommu_pin::DmaMapper>,
     pub(crate) parked: Parked,

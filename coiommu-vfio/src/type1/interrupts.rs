@@ -109,11 +109,12 @@ impl Interrupts {
     }
 
     /// Gives interrupts from `start` on the eventfds that unmask them when they are signalled, `None` to have no such. The
-    /// kernel has this for [`INTX`] alone, while it is enabled.
+    /// kernel has this for [`INTX`] alone, while it is enabled. It keeps an eventfd for as long as somebody has it open, or
+    /// until it is given another.
     ///
     /// # Errors
     ///
-    /// [`InterruptError`]: as for [`assign`](Self::assign); the kernel says EBUSY if one is there, and ENOTTY for other kinds.
+    /// [`InterruptError`]: as for [`assign`](Self::assign); the kernel says ENOTTY for other kinds.
     pub fn assign_unmask(
         &mut self,
         index: u32,

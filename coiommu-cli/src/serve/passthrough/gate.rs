@@ -148,6 +148,17 @@ pub(crate) struct Passed {
     pub(crate) bus_master: bool,
 }
 
+impl Passed {
+    /// Whether it may do DMA, in a word; `held`: the guest believes so.
+    pub(crate) fn bus_mastering(&self) -> &'static str {
+        match (self.bus_master_wished, self.bus_master) {
+            (_, true) => "on",
+            (true, false) => "held",
+            (false, false) => "off",
+        }
+    }
+}
+
 impl Gate {
     /// For devices whose bus mastering is off.
     pub(crate) fn new(
@@ -311,14 +322,17 @@ impl Gate {
         state.all == All::Pinning && state.round == round
     }
 
-    /// All RAM is pinned, or cannot be.
-    pub(crate) fn pinned(&self, round: u64, is_pinned: bool) {
+    /// All RAM is pinned, or cannot be. Whether a device may do DMA now that might not before.
+    pub(crate) fn pinned(&self, round: u64, is_pinned: bool) -> bool {
         let mut state = self.lock();
+        let on = |state: &State| state.endpoints.iter().filter(|endpoint| endpoint.is_on).count();
+        let before = on(&state);
         if state.all == All::Pinning && state.round == round {
             state.all = if is_pinned { All::Pinned } else { All::Failed };
             state.has_grace = false;
             self.settle(&mut state);
         }
+        on(&state) > before
     }
 
     /// The thread that pins ends, and be it in a panic: nobody waits for it any more.

@@ -86,13 +86,14 @@ fn pin(served: &Served, gate: &Gate, round: u64) {
                 thread::sleep(MOMENT);
             }
             PinAll::Done => {
-                let mib = pinner.pinned_pages().saturating_mul(PAGE_SIZE) >> 20;
-                tracing::info!(
-                    "{mib} MiB, all of the guest's memory, are pinned, for devices that are started without its driver; it \
-                     took {} ms",
-                    start.elapsed().as_millis()
-                );
-                gate.pinned(round, true);
+                if gate.pinned(round, true) {
+                    let mib = pinner.pinned_pages().saturating_mul(PAGE_SIZE) >> 20;
+                    let took = start.elapsed().as_millis();
+                    tracing::info!(
+                        "all of the guest's memory is pinned, {mib} MiB in {took} ms, for devices that are started without \
+                         its driver"
+                    );
+                }
                 return;
             }
             PinAll::Failed(error) => {

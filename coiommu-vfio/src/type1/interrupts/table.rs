@@ -6,6 +6,8 @@
 
 use std::io;
 
+use rustix::io::Errno;
+
 use super::error::{InterruptError, name};
 use super::{Action, ERR, InterruptInfo, REQ};
 
@@ -34,14 +36,12 @@ pub(super) struct Table<F> {
     info: InterruptInfo,
     /// What each signals of those that the kind was enabled with, if it is.
     enabled: Option<Vec<Option<F>>>,
-    /// What unmasks each.
-    unmask: Vec<Option<F>>,
 }
 
 impl<F> Table<F> {
     /// A kind that is not enabled.
     pub(super) fn new(index: u32, info: InterruptInfo) -> Self {
-        Self { index, info, enabled: None, unmask: Vec::new() }
+        Self { index, info, enabled: None }
     }
 
     pub(super) fn info(&self) -> InterruptInfo {
@@ -120,17 +120,24 @@ impl<F> Table<F> {
         }
     }
 
-    /// Gives interrupts the eventfds that unmask them.
+    /// Gives interrupts the eventfds that unmask them. They are closed here: the kernel lets go of one when nobody has it open
+    /// any more, and that is how VMMs take one back.
     pub(super) fn assign_unmask(
-        &mut self,
+        &self,
         kernel: &impl Kernel<F>,
         start: u32,
         eventfds: Vec<Option<F>>,
     ) -> Result<(), InterruptError> {
-        let end = self.end(start, eventfds.len())?;
-        self.send(kernel, Action::Unmask, start, Data::Eventfds(&borrowed(&eventfds)))?;
-        replace(&mut self.unmask, start, end, eventfds);
-        Ok(())
+        self.end(start, eventfds.len())?;
+        let send = |eventfds: &[Option<&F>]| self.send(kernel, Action::Unmask, start, Data::Eventfds(eventfds));
+        match send(&borrowed(&eventfds)) {
+            // The one before is not let go yet.
+            Err(error) if error.errno() == Errno::BUSY.raw_os_error() => {
+                send(&vec![None; eventfds.len()])?;
+                send(&borrowed(&eventfds))
+            }
+            sent => sent,
+        }
     }
 
     /// Masks, unmasks or triggers interrupts.
@@ -163,7 +170,6 @@ impl<F> Table<F> {
         let data = if matches!(self.index, ERR | REQ) { Data::Eventfds(&[None]) } else { Data::None(0) };
         self.send(kernel, Action::Trigger, 0, data)?;
         self.enabled = None;
-        self.unmask.clear();
         Ok(())
     }
 
