@@ -1,5 +1,6 @@
 //! Where logs go: to standard error, as text or as JSON lines; and that nobody can fill them.
 
+use std::env;
 use std::io::{IsTerminal as _, stderr};
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -27,6 +28,8 @@ pub(crate) enum LogFormat {
 /// administrator's time.
 pub(crate) fn start(format: LogFormat) -> anyhow::Result<()> {
     let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into()).from_env()?;
+    let filter =
+        if env::var_os(EnvFilter::DEFAULT_ENV).is_some() { filter } else { filter.add_directive(QUIET.parse()?) };
     let logs = tracing_subscriber::fmt::layer().with_ansi(stderr().is_terminal()).with_writer(stderr);
     let logs = match format {
         LogFormat::Text => logs.with_target(false).boxed(),
@@ -35,6 +38,9 @@ pub(crate) fn start(format: LogFormat) -> anyhow::Result<()> {
     let all = tracing_subscriber::registry().with(filter).with(Limit::new()).with(logs);
     all.try_init().map_err(|error| anyhow!("cannot start logging: {error}"))
 }
+
+/// It cannot take a group out of a container while a VMM has a device of it, which is as it should be, and calls that an error.
+const QUIET: &str = "vfio_ioctls=off";
 
 /// So many messages may come at once from one place in the code, and one a second from then on: what a guest or a VMM
 /// does over and over is not told over and over, and keeps nothing else from being told.
