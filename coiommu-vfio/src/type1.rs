@@ -7,7 +7,7 @@
 //! | [`interrupts`] | [`Interrupts`]: which eventfds the device signals |
 //! | [`needs`] | [`Needs`]: whether a guest can be served at all |
 //! | [`error`] | [`OpenError`]: why devices cannot be used, and what to do |
-//! | `sysfs` | a device's group and who else is in it |
+//! | [`sysfs`] | before any is opened: a device's group, who else is in it, what drives them |
 //! | `config` | where a device's capabilities are in its config space |
 //! | `info` | what the kernel says of a container and of a device |
 //! | `sys` | the ioctls: the only unsafe code |
@@ -24,11 +24,11 @@ pub mod error;
 pub mod interrupts;
 pub mod needs;
 pub mod region;
+pub mod sysfs;
 
 mod config;
 mod info;
 mod sys;
-mod sysfs;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -42,10 +42,14 @@ use vfio_ioctls::{VfioContainer, VfioDevice, VfioError};
 use vmm_sys_util::errno::Error as Errno;
 
 pub use device::Device;
-pub use error::{Neighbour, OpenError};
+pub use error::OpenError;
 pub use interrupts::{Action, InterruptError, InterruptInfo, Interrupts};
-pub use needs::{Needs, NeedsError};
+pub use needs::{Memlock, Needs, NeedsError};
 pub use region::{Area, Region};
+pub use sysfs::{Neighbour, PciDevice};
+
+/// Where /sys and /proc are.
+const ROOT: &str = "/";
 
 /// What guests count their DMA in, in bytes.
 const GUEST_PAGE: u64 = 0x1000;
@@ -70,16 +74,20 @@ impl Type1 {
     /// [`OpenError`], which says what to do.
     pub fn open<A: AsRef<str>>(addresses: impl IntoIterator<Item = A>) -> Result<Self, OpenError> {
         let addresses: BTreeSet<String> = addresses.into_iter().map(|address| address.as_ref().to_owned()).collect();
-        let find = |address: &String| sysfs::find(Path::new(sysfs::PCI_DEVICES), address);
+        let find = |address: &String| {
+            let device = PciDevice::find(Path::new(ROOT), address)?;
+            let group = device.group()?;
+            device.check_driver().map(|()| (device, group))
+        };
         // Before the container, as more helpful: without a device that is bound to VFIO, the rest says little.
         let found = addresses.iter().map(find).collect::<Result<Vec<_>, _>>()?;
         if found.is_empty() {
             return Err(OpenError::NoDevices);
         }
         let container = Arc::new(VfioContainer::new(None).map_err(of_container)?);
-        let open = |(address, found): (String, sysfs::Found)| {
-            let device = VfioDevice::new(&found.path, container.clone(), false);
-            let device = device.map_err(|error| of_device(&address, &found, &error))?;
+        let open = |(address, (found, group)): (String, (PciDevice, u32))| {
+            let device = VfioDevice::new(found.path(), container.clone(), false);
+            let device = device.map_err(|error| of_device(&found, group, &error))?;
             Device::new(address, device).map(Arc::new).map_err(|source| system("ask a device what it has", source))
         };
         let devices = addresses.into_iter().zip(found).map(open).collect::<Result<Vec<_>, _>>()?;
@@ -218,19 +226,22 @@ fn of_container(error: VfioError) -> OpenError {
     }
 }
 
-fn of_device(address: &str, found: &sysfs::Found, error: &VfioError) -> OpenError {
-    let (device, group) = (address.to_owned(), found.group);
+fn of_device(found: &PciDevice, group: u32, error: &VfioError) -> OpenError {
+    let device = found.address().to_owned();
     let path = format!("/dev/vfio/{group}");
     match error {
         VfioError::OpenGroup(error, _) if error.kind() == io::ErrorKind::PermissionDenied => {
             OpenError::Permission { path }
         }
         VfioError::OpenGroup(error, _) if error.kind() == io::ErrorKind::ResourceBusy => {
-            let holders = sysfs::holders(Path::new("/proc"), Path::new(&path));
-            let suspects = if holders.is_empty() { sysfs::suspects(Path::new("/proc")) } else { Vec::new() };
+            let holders = sysfs::holders(Path::new(ROOT), Path::new(&path));
+            let suspects = if holders.is_empty() { sysfs::suspects(Path::new(ROOT)) } else { Vec::new() };
             OpenError::Busy { device, group, holders, suspects }
         }
-        VfioError::GroupViable => OpenError::NotViable { device, group, obstacles: sysfs::obstacles(&found.path) },
+        VfioError::GroupViable => {
+            let obstacles = found.neighbours().into_iter().filter(Neighbour::is_in_the_way).collect();
+            OpenError::NotViable { device, group, obstacles }
+        }
         VfioError::OpenGroup(error, _) if error.kind() == io::ErrorKind::NotFound => OpenError::NoNode { device, path },
         VfioError::ContainerSetIOMMU(error) if error.errno() == rustix::io::Errno::PERM.raw_os_error() => {
             OpenError::Ineligible { device }

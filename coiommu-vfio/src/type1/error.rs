@@ -3,21 +3,19 @@
 use std::fmt;
 use std::io;
 
-/// Why devices cannot be used through VFIO. Each says what to do about it.
+use super::sysfs::Neighbour;
+
+/// Why devices cannot be used through VFIO. Each says what is the matter, and most say what to do about it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
     /// No device was named: a container without one maps nothing.
-    #[error("no device: a container needs one at least")]
     NoDevices,
     /// The kernel has no VFIO.
-    #[error("/dev/vfio/vfio is not there: load VFIO (modprobe vfio-pci vfio_iommu_type1)")]
     NoVfio,
     /// The kernel's VFIO has no type1.
-    #[error("VFIO has no type1: load it (modprobe vfio_iommu_type1)")]
     NoType1,
     /// The file of a group is not there.
-    #[error("{path}, the group of {device}, is not there: in a container, it has to be passed in with /dev/vfio/vfio")]
     NoNode {
         /// The device that was asked for.
         device: String,
@@ -25,36 +23,21 @@ pub enum OpenError {
         path: String,
     },
     /// The kernel does not let the device have an address space of its own.
-    #[error(
-        "{device} may not be used: either the IOMMU does not remap interrupts, so that it could forge some (switch that on, or \
-         accept it: allow_unsafe_interrupts of vfio_iommu_type1), or the firmware reserves memory for it (RMRR): dmesg says \
-         which"
-    )]
     Ineligible {
         /// The device that was asked for.
         device: String,
     },
     /// There is no such device.
-    #[error("there is no PCI device {device}: `lspci -D` lists them as DOMAIN:BUS:DEVICE.FUNCTION")]
     NoDevice {
         /// Its address.
         device: String,
     },
     /// No IOMMU translates for the device.
-    #[error(
-        "{device} is behind no IOMMU: switch it on in the firmware (VT-d, AMD-Vi, SMMU), and in the kernel \
-         (on Intel: intel_iommu=on)"
-    )]
     NoIommu {
         /// Its address.
         device: String,
     },
     /// A driver of the host has the device.
-    #[error(
-        "{device} is driven by {}, not by vfio-pci: as root, unbind it, write vfio-pci to \
-         /sys/bus/pci/devices/{device}/driver_override and {device} to /sys/bus/pci/drivers_probe",
-        driver.as_deref().unwrap_or("nothing")
-    )]
     NotBound {
         /// Its address.
         device: String,
@@ -62,10 +45,6 @@ pub enum OpenError {
         driver: Option<String>,
     },
     /// Drivers of the host have other devices of the group, which the IOMMU cannot tell apart.
-    #[error(
-        "group {group} of {device} has devices that the host uses: bind them to vfio-pci as well, or unbind them: {}",
-        obstacles_of(obstacles)
-    )]
     NotViable {
         /// The device that was asked for.
         device: String,
@@ -75,7 +54,6 @@ pub enum OpenError {
         obstacles: Vec<Neighbour>,
     },
     /// Another process has the group.
-    #[error("group {group} of {device} is in use {}", holders_of(holders, suspects))]
     Busy {
         /// The device that was asked for.
         device: String,
@@ -87,15 +65,11 @@ pub enum OpenError {
         suspects: Vec<String>,
     },
     /// The file may not be opened.
-    #[error("{path} may not be opened: be root, or have its owner changed (chown) to who runs this")]
     Permission {
         /// Which.
         path: String,
     },
     /// The page of this machine or of its IOMMU is not the guest's.
-    #[error(
-        "mappings come in pages of {iommu:#x} bytes here, of the machine's {host:#x}: guests count pages of 0x1000"
-    )]
     PageSize {
         /// The smallest page of the IOMMU, in bytes; 0: it does not tell.
         iommu: u64,
@@ -103,10 +77,8 @@ pub enum OpenError {
         host: u64,
     },
     /// The kernel's answer makes no sense.
-    #[error("the kernel's description of the container is cut short")]
     BadInfo,
     /// Anything else.
-    #[error("cannot {what}")]
     System {
         /// What failed.
         what: &'static str,
@@ -115,7 +87,6 @@ pub enum OpenError {
         source: io::Error,
     },
     /// Anything else that vfio-ioctls reports.
-    #[error("cannot use {device}: {message} (dmesg may say why)")]
     Device {
         /// The device that was asked for.
         device: String,
@@ -124,18 +95,76 @@ pub enum OpenError {
     },
 }
 
-/// A device, and the driver of the host that has it.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Neighbour {
-    /// Its address.
-    pub device: String,
-    /// Its driver.
-    pub driver: String,
+impl OpenError {
+    /// What is the matter, without what to do about it.
+    #[must_use]
+    pub fn cause(&self) -> String {
+        match self {
+            Self::NoDevices => "no device: a container needs one at least".to_owned(),
+            Self::NoVfio => "/dev/vfio/vfio is not there".to_owned(),
+            Self::NoType1 => "VFIO has no type1".to_owned(),
+            Self::NoNode { device, path } => format!("{path}, the group of {device}, is not there"),
+            Self::Ineligible { device } => format!("{device} may not be used"),
+            Self::NoDevice { device } => format!("there is no PCI device {device}"),
+            Self::NoIommu { device } => format!("{device} is behind no IOMMU"),
+            Self::NotBound { device, driver } => {
+                format!("{device} is driven by {}, not by vfio-pci", driver.as_deref().unwrap_or("nothing"))
+            }
+            Self::NotViable { device, group, obstacles } => {
+                format!("group {group} of {device} has devices that the host uses: {}", obstacles_of(obstacles))
+            }
+            Self::Busy { device, group, holders, suspects } => {
+                format!("group {group} of {device} is in use {}", holders_of(holders, suspects))
+            }
+            Self::Permission { path } => format!("{path} may not be opened"),
+            Self::PageSize { iommu, host } => format!(
+                "mappings come in pages of {iommu:#x} bytes here, of the machine's {host:#x}: guests count pages of 0x1000"
+            ),
+            Self::BadInfo => "the kernel's description of the container is cut short".to_owned(),
+            Self::System { what, .. } => format!("cannot {what}"),
+            Self::Device { device, message } => format!("cannot use {device}: {message}"),
+        }
+    }
+
+    /// What to do about it; `None`: we do not know.
+    #[must_use]
+    pub fn remedy(&self) -> Option<String> {
+        let remedy = match self {
+            Self::NoVfio => "load VFIO (modprobe -a vfio-pci vfio_iommu_type1)",
+            Self::NoType1 => "load it (modprobe vfio_iommu_type1)",
+            Self::NoNode { .. } => "in a container, it has to be passed in with /dev/vfio/vfio",
+            Self::Ineligible { .. } => {
+                "either the IOMMU does not remap interrupts, so that it could forge some (switch that on, or accept it: \
+                 allow_unsafe_interrupts of vfio_iommu_type1), or the firmware reserves memory for it (RMRR): dmesg says which"
+            }
+            Self::NoDevice { .. } => "`lspci -D` lists them as DOMAIN:BUS:DEVICE.FUNCTION",
+            Self::NoIommu { .. } => {
+                "switch it on in the firmware (VT-d, AMD-Vi, SMMU), and in the kernel (on Intel: intel_iommu=on)"
+            }
+            Self::NotBound { device, .. } => {
+                return Some(format!(
+                    "as root, unbind it, write vfio-pci to /sys/bus/pci/devices/{device}/driver_override and {device} to \
+                     /sys/bus/pci/drivers_probe"
+                ));
+            }
+            Self::NotViable { .. } => "bind them to vfio-pci as well, or unbind them",
+            Self::Busy { holders, suspects, .. } => match (&holders[..], &suspects[..]) {
+                ([], []) => "wait until it ends (as root, it is named)",
+                ([], _) => "wait until it ends",
+                (_, _) => "wait until it ends, or end it",
+            },
+            Self::Permission { .. } => "be root, or have its owner changed (chown) to who runs this",
+            Self::Device { .. } => "dmesg may say why",
+            Self::NoDevices | Self::PageSize { .. } | Self::BadInfo | Self::System { .. } => return None,
+        };
+        Some(remedy.to_owned())
+    }
 }
 
-impl fmt::Display for Neighbour {
+impl fmt::Display for OpenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({})", self.device, self.driver)
+        f.write_str(&self.cause())?;
+        self.remedy().map_or(Ok(()), |remedy| write!(f, ": {remedy}"))
     }
 }
 
@@ -156,11 +185,50 @@ fn obstacles_of(obstacles: &[Neighbour]) -> String {
 
 fn holders_of(holders: &[String], suspects: &[String]) -> String {
     match (holders, suspects) {
-        ([], []) => "by another process: wait until it ends (as root, it is named)".to_owned(),
+        ([], []) => "by another process".to_owned(),
         ([], suspects) => {
             let them = List(suspects);
             format!("by a process that has a device of it open, of which these have some device: {them}")
         }
-        (holders, _) => format!("by process {}: wait until it ends, or end it", List(holders)),
+        (holders, _) => format!("by process {}", List(holders)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn busy(holders: &[&str], suspects: &[&str]) -> OpenError {
+        let [holders, suspects] =
+            [holders, suspects].map(|processes| processes.iter().map(|&process| process.to_owned()).collect());
+        OpenError::Busy { device: "0000:03:00.0".into(), group: 7, holders, suspects }
+    }
+
+    #[test]
+    fn what_is_the_matter_comes_before_what_to_do() {
+        let error = OpenError::NotBound { device: "0000:03:00.0".into(), driver: Some("nvme".into()) };
+        assert_eq!(error.cause(), "0000:03:00.0 is driven by nvme, not by vfio-pci");
+        assert!(error.remedy().is_some_and(|remedy| remedy.starts_with("as root, unbind it")), "{error}");
+        assert_eq!(error.to_string(), format!("{}: {}", error.cause(), error.remedy().unwrap()));
+        assert_eq!(OpenError::BadInfo.to_string(), "the kernel's description of the container is cut short");
+    }
+
+    #[test]
+    fn who_is_in_the_way_is_named_as_far_as_it_is_known() {
+        let neighbour = |device: &str, driver: &str| Neighbour { device: device.into(), driver: Some(driver.into()) };
+        let obstacles = vec![neighbour("0000:03:00.1", "snd_hda_intel"), neighbour("0000:03:00.2", "xhci_hcd")];
+        let error = OpenError::NotViable { device: "0000:03:00.0".into(), group: 7, obstacles };
+        let named = "group 7 of 0000:03:00.0 has devices that the host uses: 0000:03:00.1 (snd_hda_intel), \
+                     0000:03:00.2 (xhci_hcd)";
+        assert_eq!(error.cause(), named);
+        let shown =
+            [busy(&["8 (qemu)"], &[]), busy(&[], &["8 (qemu)", "9 (vmm)"]), busy(&[], &[])].map(|e| e.to_string());
+        let wanted = [
+            "by process 8 (qemu): wait until it ends, or end it",
+            "by a process that has a device of it open, of which these have some device: 8 (qemu), 9 (vmm): wait until it \
+             ends",
+            "by another process: wait until it ends (as root, it is named)",
+        ];
+        assert_eq!(shown, wanted.map(|text| format!("group 7 of 0000:03:00.0 is in use {text}")));
     }
 }

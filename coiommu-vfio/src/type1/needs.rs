@@ -93,21 +93,49 @@ impl Needs {
     ///
     /// [`NeedsError::Memlock`].
     pub fn allow_pinning(&self) -> Result<(), NeedsError> {
-        // With it, the kernel does not look at the limit.
-        let may_lock = capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::IPC_LOCK));
-        let may_lock = may_lock && is_in_first_namespace(&read("/proc/self/uid_map"));
-        let needed = self.pinned.saturating_add(locked());
-        let Rlimit { current, maximum } = getrlimit(Resource::Memlock);
-        match raised(current, maximum, needed) {
-            _ if may_lock => Ok(()),
+        let Memlock { soft, hard, locked, is_exempt } = Memlock::of_this_process();
+        let needed = self.pinned.saturating_add(locked);
+        match raised(soft, hard, needed) {
+            _ if is_exempt => Ok(()),
             Ok(None) => Ok(()),
             Ok(Some(raised)) => {
-                let before = current.unwrap_or(u64::MAX);
-                let raised = setrlimit(Resource::Memlock, Rlimit { current: Some(raised), maximum });
+                let before = soft.unwrap_or(u64::MAX);
+                let raised = setrlimit(Resource::Memlock, Rlimit { current: Some(raised), maximum: hard });
                 raised.map_err(|_errno| NeedsError::Memlock { needed, limit: before })
             }
             Err(limit) => Err(NeedsError::Memlock { needed, limit }),
         }
+    }
+}
+
+/// How much memory a process may lock, pinned memory included: RLIMIT_MEMLOCK, and whether it counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memlock {
+    /// The soft limit in bytes, which [`Needs::allow_pinning`] raises; `None`: none.
+    pub soft: Option<u64>,
+    /// How far the soft limit can be raised, in bytes; `None`: to anything.
+    pub hard: Option<u64>,
+    /// What is locked already, in bytes.
+    pub locked: u64,
+    /// The kernel does not look at the limit: the process has CAP_IPC_LOCK, and in the first user namespace.
+    pub is_exempt: bool,
+}
+
+impl Memlock {
+    /// That of this process.
+    #[must_use]
+    pub fn of_this_process() -> Self {
+        let has_capability = capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::IPC_LOCK));
+        let is_exempt = has_capability && is_in_first_namespace(&read("/proc/self/uid_map"));
+        let Rlimit { current, maximum } = getrlimit(Resource::Memlock);
+        Self { soft: current, hard: maximum, locked: locked(), is_exempt }
+    }
+
+    /// How much may be pinned beside what is locked, in bytes; `None`: any amount.
+    #[must_use]
+    pub fn room(&self) -> Option<u64> {
+        let limit = if self.is_exempt { None } else { self.soft.and(self.hard) };
+        limit.map(|limit| limit.saturating_sub(self.locked))
     }
 }
 
@@ -174,6 +202,16 @@ mod tests {
         needs(&[], 4).check_limits(&pc(4)).unwrap();
         assert_eq!(needs(&[], 5).check_limits(&pc(4)), Err(NeedsError::Mappings { needed: 5, left: 4 }));
         needs(&[], 5).check_limits(&Limits { mappings_left: None, ..pc(0) }).unwrap();
+    }
+
+    #[test]
+    fn there_is_room_up_to_the_hard_limit() {
+        let limited = Memlock { soft: Some(8), hard: Some(20), locked: 5, is_exempt: false };
+        assert_eq!(limited.room(), Some(15));
+        assert_eq!(Memlock { locked: 21, ..limited }.room(), Some(0));
+        assert_eq!(Memlock { hard: None, ..limited }.room(), None);
+        assert_eq!(Memlock { soft: None, ..limited }.room(), None);
+        assert_eq!(Memlock { is_exempt: true, ..limited }.room(), None);
     }
 
     #[test]
