@@ -9,13 +9,18 @@
 //! | [`serve`] | `coiommu serve`: the device for a VMM, over vfio-user |
 //! | [`ctl`], [`top`] | asking a server, and watching it |
 //! | `control` | what is said on a control socket |
+//! | [`doctor`] | `coiommu doctor`: whether this host can do it, and what to change |
 //! | [`replay`] | `coiommu replay`, and its stack: guest, pinner, IOMMU in virtual time |
 //! | [`trace`] | reading the text of the kernel's dma events, from anywhere |
+//! | `host_bdf`, `units` | what people write and read: a device of the host, amounts |
 
 pub mod cli;
 mod control;
 pub mod ctl;
+pub mod doctor;
+mod host_bdf;
 pub mod replay;
 pub mod serve;
 pub mod top;
 pub mod trace;
+mod units;

@@ -221,7 +221,7 @@ fn help_has_examples_and_every_key_of_a_policy() {
         assert!(text.contains(&format!("  {key}=")), "{key} is not in\n{text}");
     }
     let program = run(["--help"]);
-    for subcommand in ["replay", "serve", "ctl", "top", "completions", "man"] {
+    for subcommand in ["replay", "doctor", "serve", "ctl", "top", "completions", "man"] {
         assert!(stdout_of(&program).contains(subcommand), "{subcommand} is not in\n{}", program.stdout);
         assert!(stdout_of(&run([subcommand, "--help"])).contains("Example"), "{subcommand} has no example");
     }
@@ -234,7 +234,7 @@ fn shells_and_man_know_the_program() {
         let script = run(["completions", shell]);
         let text = stdout_of(&script);
         assert!(text.starts_with(begins), "{shell}:\n{text}");
-        for word in ["replay", "policy", "serve", "endpoint", "ctl", "unpin", "top", "interval"] {
+        for word in ["replay", "policy", "doctor", "qemu", "serve", "endpoint", "ctl", "unpin", "top", "interval"] {
             assert!(text.contains(word), "{word} is not in {shell}'s script:\n{text}");
         }
     }
@@ -244,7 +244,9 @@ fn shells_and_man_know_the_program() {
     for part in [".TH coiommu-replay 1", "policy", "unpin_interval=SECONDS", "SIZE"] {
         assert!(stdout_of(&replay).contains(part), "{part:?} is not in\n{}", replay.stdout);
     }
-    for (subcommand, part) in [("serve", "persist"), ("ctl", "Exit codes"), ("top", "interval")] {
+    for (subcommand, part) in
+        [("doctor", "Exit codes"), ("serve", "persist"), ("ctl", "Exit codes"), ("top", "interval")]
+    {
         let page = run(["man", subcommand]);
         let text = stdout_of(&page);
         assert!(text.contains(&format!(".TH coiommu-{subcommand} 1")) && text.contains(part), "{subcommand}:\n{text}");
@@ -273,7 +275,7 @@ fn a_reader_that_goes_away_is_no_error() {
 fn a_disk_that_is_full_is_an_error() {
     let trace = file(thousand_pages());
     let trace = trace.path().to_str().unwrap();
-    for args in [&["replay", trace][..], &["replay", "--json", trace], &["completions", "zsh"], &["man"]] {
+    for args in [&["replay", trace][..], &["replay", "--json", trace], &["doctor"], &["completions", "zsh"], &["man"]] {
         let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let output = coiommu(args).stdin(Stdio::null()).stdout(full).output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);

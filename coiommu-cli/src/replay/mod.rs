@@ -22,10 +22,10 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 use clap::CommandFactory;
 use coiommu_pin::Policy;
-use coiommu_pin::policy::parse_bytes;
 
 use crate::cli::Cli;
 use crate::trace::{Event, TraceReader};
+use crate::units::parse_memory;
 
 mod driver;
 mod meter;
@@ -101,12 +101,6 @@ pub struct Args {
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
-}
-
-fn parse_memory(text: &str) -> Result<u64, String> {
-    parse_bytes(text)
-        .filter(|&bytes| bytes > 0)
-        .ok_or_else(|| "expected bytes above 0, with k, m, g or t for powers of 1024, as in 4g".to_owned())
 }
 
 /// Plays a trace and reports.

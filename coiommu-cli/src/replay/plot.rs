@@ -12,7 +12,7 @@ use plotters::prelude::*;
 use tempfile::NamedTempFile;
 
 use super::report::Report;
-use super::table::size;
+use crate::units::size;
 
 const SIZE: (u32, u32) = (1000, 560);
 /// Full pinning is black; these are told apart by people who see no red or green too.

@@ -7,6 +7,7 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{Cell, CellAlignment, Table};
 
 use super::report::{PolicyFigures, Report};
+use crate::units::{bytes, grouped, size};
 
 /// Mappings that one VFIO container has by default (`dma_entry_limit`).
 const VFIO_MAPPINGS: u64 = 65_535;
@@ -130,23 +131,6 @@ fn notes(report: &Report) -> Vec<String> {
     notes
 }
 
-#[allow(clippy::cast_precision_loss, reason = "for people")]
-fn bytes(bytes: u64) -> String {
-    size(bytes as f64)
-}
-
-/// Bytes for people.
-#[allow(clippy::cast_precision_loss, reason = "for people")]
-pub(super) fn size(bytes: f64) -> String {
-    let (unit, name) = [(1_u64 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")]
-        .into_iter()
-        .find(|(unit, _)| bytes >= *unit as f64)
-        .unwrap_or((1 << 10, "KiB"));
-    let value = bytes / unit as f64;
-    let decimals = if value >= 99.95 || value == 0.0 { 0 } else { 1 };
-    format!("{value:.decimals$} {name}")
-}
-
 fn share(share: f64) -> String {
     let percent = share * 100.0;
     let decimals = match percent {
@@ -157,31 +141,12 @@ fn share(share: f64) -> String {
     format!("{percent:.decimals$} %")
 }
 
-/// A number with commas.
-fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::with_capacity(digits.len() * 4 / 3);
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_written_for_people() {
-        assert_eq!(
-            [0, 7, 999, 1000, 65_535, 1_234_567].map(grouped),
-            ["0", "7", "999", "1,000", "65,535", "1,234,567"]
-        );
-        let sizes = [0.0, 512.0, 4096.0, 99.96 * 1024.0, 1048576.0, 1.5 * 1073741824.0, 1e15];
-        assert_eq!(sizes.map(size), ["0 KiB", "0.5 KiB", "4.0 KiB", "100 KiB", "1.0 MiB", "1.5 GiB", "909 TiB"]);
+    fn shares_are_written_for_people() {
         assert_eq!(
             [0.0, 0.0004, 0.05, 0.123, 1.0, 2.5].map(share),
             ["0 %", "0.04 %", "5.00 %", "12.3 %", "100 %", "250 %"]
