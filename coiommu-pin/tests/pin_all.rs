@@ -48,6 +48,18 @@ fn all_pinned(policy: &str) -> Rig {
     rig
 }
 
+/// A pass over all; in how many blocks something is left.
+fn release(rig: &Rig) -> u64 {
+    let (mut next, mut left) = (Some(0), 0);
+    while let Some(from) = next {
+        let released = rig.pinner.release_idle(from, &rig.clock, Duration::ZERO);
+        assert!(released.next.is_none_or(|next| next > from), "it goes on");
+        left += released.left;
+        next = released.next;
+    }
+    left
+}
+
 fn activate(rig: &Rig) {
     rig.pinner.activate(rig.guest.dtt().root(), 4).unwrap();
 }
@@ -101,17 +113,17 @@ fn what_is_idle_goes_at_last_and_what_is_used_when_it_is_not_any_more() {
         activate(&rig);
         assert!(rig.map(&[5, 1600]));
         rig.pinner.let_all_age();
-        assert_eq!(rig.pinner.release_idle(), 2);
+        assert_eq!(release(&rig), 2);
         assert_eq!(rig.extents(), [(0, 300), (1536, 512)].into(), "{policy}: two extents have a page in use");
         rig.unmap(&[5, 1600]);
-        assert_eq!(rig.pinner.release_idle(), 0, "they have aged");
+        assert_eq!(release(&rig), 0, "they have aged");
         assert_eq!(rig.extents(), BTreeMap::new());
         rig.check_books();
         // What is pinned from here on is none of it.
         assert!(rig.map(&[5]));
         rig.unmap(&[5]);
         for _ in 0..3 {
-            assert_eq!(rig.pinner.release_idle(), 0);
+            assert_eq!(release(&rig), 0);
         }
         assert!(rig.is_pinned(5), "{policy}");
     }
@@ -123,10 +135,10 @@ fn nothing_is_released_while_parked() {
     activate(&rig);
     rig.pinner.let_all_age();
     rig.pinner.park();
-    assert_eq!(rig.pinner.release_idle(), 6);
+    assert_eq!(release(&rig), 6);
     assert_eq!(rig.extents(), all_extents());
     rig.pinner.unpark();
-    assert_eq!(rig.pinner.release_idle(), 0);
+    assert_eq!(release(&rig), 0);
 }
 
 #[test]
@@ -146,6 +158,17 @@ fn a_deactivation_a_reset_and_another_activation_end_the_keeping() {
 }
 
 #[test]
+fn pinning_is_over_when_the_keeping_is() {
+    let rig = inactive("");
+    assert_eq!(pin_all(&rig).0, PinAll::Over);
+    rig.pinner.keep_all();
+    assert!(matches!(rig.pinner.pin_all(0, &rig.clock, Duration::ZERO), PinAll::More(_)));
+    drain(&rig);
+    assert_eq!(pin_all(&rig).0, PinAll::Over);
+    assert_eq!(rig.extents(), BTreeMap::new());
+}
+
+#[test]
 fn an_activation_that_fails_leaves_all_as_it_was() {
     let rig = all_pinned("");
     rig.pinner.activate(Gpa::new(7), 4).unwrap_err();
@@ -159,7 +182,7 @@ fn parking_ends_with_an_activation() {
     rig.pinner.park();
     activate(&rig);
     rig.pinner.let_all_age();
-    assert_eq!(rig.pinner.release_idle(), 0);
+    assert_eq!(release(&rig), 0);
 }
 
 #[test]
@@ -185,7 +208,7 @@ fn giving_up_leaves_what_a_guest_has_asked_for() {
     assert!(rig.map(&[5]));
     rig.pinner.give_up_all();
     assert!(rig.is_pinned(5) && rig.iommu.read(5 * PAGE, &mut [0]).is_ok());
-    assert_eq!(rig.pinner.release_idle(), 1);
+    assert_eq!(release(&rig), 1);
     assert_eq!(rig.extents(), [(0, 300)].into());
 }
 
@@ -196,11 +219,12 @@ fn what_is_held_is_waited_for() {
     assert!(report.may_be_taken());
     drain(&rig);
     rig.pinner.keep_all();
-    let PinAll::Held(at) = pin_all(&rig).0 else { panic!("ten pages are held") };
-    assert_eq!(at, 512);
-    assert_eq!(rig.extents(), [(0, 300), (310, 202), (512, 88), (610, 414)].into());
+    let step = |from| rig.pinner.pin_all(from, &rig.clock, Duration::from_secs(1));
+    assert_eq!((step(0), step(1024)), (PinAll::Held(1024), PinAll::Done), "what is behind is pinned all the same");
+    assert_eq!(rig.extents().len(), 7);
+    assert_eq!(rig.pinner.pinned_pages(), 300 + 790 + 564 - 10);
     drop(hold);
-    assert_eq!(rig.pinner.pin_all(at, &rig.clock, Duration::from_secs(1)), PinAll::Done);
+    assert_eq!(step(0), PinAll::Done);
     assert!((0..rig::GFNS).filter(|&page| is_ram(page)).eq(rig.mapped_pages()));
 }
 

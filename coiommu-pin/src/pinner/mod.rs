@@ -60,7 +60,7 @@ mod unpin;
 pub use crate::clock::{Clock, SystemClock};
 pub use forced::{ForcedUnpin, Hold, UnpinReport, UnpinStep};
 pub use pin::{PinResult, Step};
-pub use pin_all::{PinAll, PinAllError};
+pub use pin_all::{PinAll, PinAllError, Released};
 pub use unpin::TickReport;
 
 /// What a pinner is to do, and for whom.

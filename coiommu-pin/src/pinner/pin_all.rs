@@ -4,8 +4,9 @@
 //! the devices may do DMA while it is. Once all of them are counted for, [`Pinner::let_all_age`], and
 //! [`Pinner::release_idle`] every so often until nothing is left of it.
 //!
-//! The flag that keeps what is mapped is set before the first block is looked at, and read under the lock of a block that
-//! is to lose something. So whatever a block lost, it lost before `pin_all` came to it, and has again after.
+//! The flag that keeps what is mapped is set before the first block is looked at, and read under the lock of a block: by who
+//! is to take something from it, and by `pin_all`. So whatever a block lost, it lost before `pin_all` came to it, and has
+//! again after; or the flag is gone, and `pin_all` says so. It changes to "kept" only between drains, not in their midst.
 
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering::Relaxed;
@@ -14,11 +15,11 @@ use std::time::Duration;
 use coiommu_dtt::{Gfn, Gpa, PAGE_SIZE};
 
 use super::mapping::Tally;
-use super::unpin::{Ask, Limit, NotNow};
+use super::unpin::{Ask, Limit};
 use super::{Clock, Pinner};
 use crate::mapper::MapError;
 use crate::page_set::BLOCK_PAGES;
-use crate::pin_map::BlockNo;
+use crate::pin_map::{Block, BlockNo, Spot};
 use crate::space::TableSpace;
 
 /// How far all RAM is pinned.
@@ -27,12 +28,14 @@ use crate::space::TableSpace;
 pub enum PinAll {
     /// There is more: go on from this gfn.
     More(u64),
-    /// Some of it is held, as its memory is being taken: look again later, from this gfn on.
+    /// Some pages were passed over as their memory is being taken: go on from this gfn, and then begin again.
     Held(u64),
     /// From the gfn that it began with, all RAM there was is pinned.
     Done,
     /// It cannot be.
     Failed(PinAllError),
+    /// It is not to be any more: a drain has ended the keeping.
+    Over,
 }
 
 /// Why not all RAM can be pinned; what was pinned until then is.
@@ -49,11 +52,21 @@ pub struct PinAllError {
     pub error: MapError,
 }
 
+/// How far what was kept is released.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Released {
+    /// Where the pass goes on; `None`: it is over.
+    pub next: Option<u64>,
+    /// In how many of the blocks that were looked at something is left. A block may be kept by a page that was asked for since.
+    pub left: u64,
+}
+
 impl<S: TableSpace> Pinner<S> {
     /// From here on nothing is unpinned, whether idle or wanted back, until [`let_all_age`](Self::let_all_age), a
     /// deactivation, or the end of an activation: not by ticks, to make room, or by force. RAM that goes still goes. What is
     /// mapped stays when a table is [activated](Self::activate).
     pub fn keep_all(&self) {
+        let _no_drain = self.changing_regions.write();
         self.keeps_all.store(true, Relaxed);
     }
 
@@ -64,19 +77,18 @@ impl<S: TableSpace> Pinner<S> {
     }
 
     /// Maps all RAM from a gfn on that is not mapped, in extents as large as can be: a block, 2 MiB. Takes `time`, and one
-    /// map call more. The guest's table is not looked at. For after [`keep_all`](Self::keep_all): what was passed may be
-    /// unpinned again otherwise.
+    /// block's map calls more. The guest's table is not looked at. For while [all is kept](Self::keep_all): it is
+    /// [over](PinAll::Over) otherwise.
     ///
     /// RAM that comes meanwhile may be missed: begin again when it has come. What is pinned already takes no time to speak of.
     pub fn pin_all(&self, from: u64, clock: &dyn Clock, time: Duration) -> PinAll {
         let end = clock.now().saturating_add(time);
         let mut next = from;
         loop {
-            let step = match self.pin_next_block(next) {
+            next = match self.pin_next_block(next) {
                 ControlFlow::Continue(after) => after,
                 ControlFlow::Break(result) => return result,
             };
-            next = step;
             if clock.roughly() >= end {
                 return PinAll::More(next);
             }
@@ -90,12 +102,16 @@ impl<S: TableSpace> Pinner<S> {
         let here = regions.find(from).map(|bank| (from, bank));
         let found = here.or_else(|| regions.next_start(from).and_then(|at| Some((at, regions.find(at)?))));
         let Some((at, bank)) = found else { return ControlFlow::Break(PinAll::Done) };
+        let fail = |gpa, pages, error| PinAll::Failed(PinAllError { gpa, pages, pinned: self.pinned_pages(), error });
         let Some((gfn, block)) = Gfn::new(at).zip(bank.books.block(at)) else {
-            return ControlFlow::Break(PinAll::Done);
+            return ControlFlow::Break(fail(Gpa::new(at.saturating_mul(PAGE_SIZE)), 1, MapError::Invalid));
         };
         let no = BlockNo::of(gfn);
         let after = no.gfns().end.min(bank.region.gfns().end);
         let mut block = block.lock();
+        if !self.keeps_all() {
+            return ControlFlow::Break(PinAll::Over);
+        }
         let held = self.holds.pages_of(no).unwrap_or_default();
         let missing = no.pages_in(&(at..after)) - *block.mapped();
         let mut tally = Tally::new(self);
@@ -103,11 +119,10 @@ impl<S: TableSpace> Pinner<S> {
             let (gpa, pages) = (no.gfn(run.start).gpa(), run.len() as u64);
             if let Err(error) = self.map_extent(no, &mut block, run, &bank.region, &mut tally) {
                 tally.settle();
-                let error = PinAllError { gpa, pages, pinned: self.pinned_pages(), error };
-                return ControlFlow::Break(PinAll::Failed(error));
+                return ControlFlow::Break(fail(gpa, pages, error));
             }
         }
-        if (missing & held).is_empty() { ControlFlow::Continue(after) } else { ControlFlow::Break(PinAll::Held(at)) }
+        if (missing & held).is_empty() { ControlFlow::Continue(after) } else { ControlFlow::Break(PinAll::Held(after)) }
     }
 
     /// Everything may be unpinned again that is idle, as the policy says; what was mapped while all was kept is to be
@@ -116,29 +131,37 @@ impl<S: TableSpace> Pinner<S> {
         self.keeps_all.store(false, Relaxed);
     }
 
-    /// Looks once at the blocks in which something was mapped while all was kept: what is idle there goes, the rest ages, as
-    /// in a [tick](Self::tick). To be called again, some time later, until it returns 0: how many such blocks are left.
-    /// While parked or not active, nothing goes.
-    pub fn release_idle(&self) -> u64 {
+    /// Looks, from a gfn on and for `time`, at the blocks in which something was mapped while all was kept: what is idle there
+    /// goes, the rest ages, as in a [tick](Self::tick). To be called until the pass is over, and some time later again, until
+    /// nothing is left. While parked or not active, nothing goes.
+    pub fn release_idle(&self, from: u64, clock: &dyn Clock, time: Duration) -> Released {
+        let end = clock.now().saturating_add(time);
         let mut left = 0;
-        self.each_block(|spot| {
-            if !spot.block.lock().is_kept() {
-                return;
+        let stopped = self.visit(from, |spot| {
+            if spot.first > from && clock.roughly() >= end {
+                return ControlFlow::Break(spot.first);
             }
-            let activation = self.activation.read();
-            let work = |block: &mut crate::pin_map::Block| {
-                if let Some(dtt) = activation.dtt {
-                    let unpinned = self.unpin_block(spot.no, block, Ask::Idle, Limit::NONE, dtt, &self.space.view());
-                    self.counts.pages_unpinned_idle.add(unpinned.pages);
-                }
-                block.is_kept()
-            };
-            match self.try_block(spot, work) {
-                Ok(false) => {}
-                Ok(true) | Err(NotNow::Parked | NotNow::Busy | NotNow::Over) => left += 1,
-            }
+            left += u64::from(self.release_in(spot));
+            ControlFlow::Continue(())
         });
-        left
+        Released { next: stopped.break_value(), left }
+    }
+
+    /// Whether something is left in a block.
+    fn release_in(&self, spot: Spot<'_>) -> bool {
+        if !spot.block.lock().is_kept() {
+            return false;
+        }
+        let activation = self.activation.read();
+        let work = |block: &mut Block| {
+            if let Some(dtt) = activation.dtt {
+                let unpinned = self.unpin_block(spot.no, block, Ask::Idle, Limit::NONE, dtt, &self.space.view());
+                self.counts.pages_unpinned_idle.add(unpinned.pages);
+            }
+            block.is_kept()
+        };
+        // Who parks, or is at work there, is not waited for.
+        self.try_block(spot, work).unwrap_or(true)
     }
 
     /// Unpins everything that was pinned for nothing, as not all of it could be. Only while no table is in use: what a guest

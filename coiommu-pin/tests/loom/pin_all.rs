@@ -1,6 +1,9 @@
 //! All RAM is pinned for who does not count, while what was pinned before is being taken back, or wanted.
 
-use coiommu_pin::pinner::PinAll;
+use std::sync::Arc;
+
+use coiommu_pin::pinner::{Drain, PinAll};
+use loom::thread;
 
 use crate::check::check;
 use crate::host::{Host, NOW, ram, together};
@@ -70,13 +73,13 @@ fn a_release() {
         assert_eq!(pin(&host), PinAll::Done);
         let release = |host: &Host| {
             host.pinner().let_all_age();
-            host.pinner().release_idle();
+            host.pinner().release_idle(0, &NOW, NOW);
         };
         together(host, [release, |host| assert!(host.dma(&[0]))]);
     });
 }
 
-/// RAM goes and comes back meanwhile; another pass has it. At most 3 preemptions.
+/// RAM goes and comes back meanwhile: another pass has it.
 #[test]
 fn ram_that_moves() {
     check(Some(3), || {
@@ -85,11 +88,45 @@ fn ram_that_moves() {
             host.remove(&(0..4));
             host.iommu.assert_unmapped(0..1);
             host.pinner().add_region(ram(&(0..4))).unwrap();
+            pin_and_use(host);
         };
-        let keep = |host: &Host| {
-            host.pinner().keep_all();
-            let _it_moves = pin(host);
+        host.pinner().keep_all();
+        let pin = |host: &Host| _ = pin(host);
+        together(host, [pin, firmware]);
+    });
+}
+
+/// Everything is drained meanwhile, and the keeping ends with it, or begins after it. Where all is pinned and kept in the end,
+/// it is.
+#[test]
+fn a_drain() {
+    check(None, || {
+        let host = Host::new("", &[0]).with_ram(0..4).with_idle(0..1);
+        let host = Arc::new(host);
+        let drain = {
+            let host = Arc::clone(&host);
+            thread::spawn(move || host.pinner().deactivate(Drain::Deactivate).unwrap())
         };
-        together(host, [keep, firmware]);
+        host.pinner().keep_all();
+        let result = pin(&host);
+        drain.join().unwrap();
+        if host.pinner().keeps_all() {
+            assert_eq!(result, PinAll::Done);
+            host.iommu.access(0);
+        } else {
+            host.iommu.assert_unmapped(0..4);
+        }
+        host.check_at_rest();
+    });
+}
+
+/// A table is activated meanwhile, where none was in use.
+#[test]
+fn an_activation() {
+    check(Some(3), || {
+        let host = Host::new("", &[0]).with_ram(0..4);
+        host.pinner().deactivate(Drain::Reset).unwrap();
+        let activate = |host: &Host| host.pinner().activate(host.guest.dtt().root(), 1).unwrap();
+        together(host, [keep, activate]);
     });
 }
