@@ -7,8 +7,6 @@ use coiommu_pin::pinner::UnpinReport;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::serve::passthrough::gate::{All, Passed};
-
 /// What is asked.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Line {
@@ -157,6 +155,47 @@ pub(crate) struct Stats {
     pub(crate) pin_all: All,
     /// The devices that are passed through.
     pub(crate) passed: Vec<Passed>,
+}
+
+/// How far all RAM is pinned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum All {
+    /// It is not to be.
+    #[default]
+    No,
+    /// It is to be, and is not yet.
+    Pinning,
+    /// It is.
+    Pinned,
+    /// It cannot be.
+    Failed,
+    /// It does not have to be any more: what is idle goes.
+    Leaving,
+}
+
+/// A device as others see it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Passed {
+    /// Where the host has it.
+    pub(crate) host: String,
+    /// Where the guest has it.
+    pub(crate) guest: String,
+    /// Whether the guest has its bus mastering on.
+    pub(crate) bus_master_wished: bool,
+    /// Whether the device has.
+    pub(crate) bus_master: bool,
+}
+
+impl Passed {
+    /// Whether it may do DMA, in a word; `held`: the guest believes so.
+    pub(crate) fn bus_mastering(&self) -> &'static str {
+        match (self.bus_master_wished, self.bus_master) {
+            (_, true) => "on",
+            (true, false) => "held",
+            (false, false) => "off",
+        }
+    }
 }
 
 /// What came of an unpin.

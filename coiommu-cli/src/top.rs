@@ -194,7 +194,7 @@ mod tests {
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
 
-    use crate::serve::passthrough::gate::Passed;
+    use crate::control::Passed;
 
     fn stats(pinned_bytes: u64, requests_pinned: u64) -> Stats {
         Stats { pinned_bytes, requests_pinned, guest_memory_bytes: 4 << 20, ..Stats::default() }

@@ -180,7 +180,7 @@ fn table() -> Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::serve::passthrough::gate::Passed;
+    use crate::control::Passed;
 
     #[test]
     fn numbers_are_decimal_or_hexadecimal() {

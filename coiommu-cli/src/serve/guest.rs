@@ -6,10 +6,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use coiommu_dtt::Gpa;
+use coiommu_dtt::{Gpa, PAGE_SIZE};
 use coiommu_pci::{Bar, ConfigSpace, Device, DeviceConfig, Doorbells, Outcome, registers};
 use coiommu_pin::pinner::{Clock as _, Drain, SystemClock};
 use coiommu_pin::worker::{Service, Team, TeamConfig};
@@ -62,7 +62,8 @@ impl<'a> Guest<'a> {
         let device = Device::new(&DeviceConfig::new(config.vcpus, config.endpoints.clone()))?;
         let ram = Ram::new();
         let pinner_config = PinnerConfig::new(config.policy.clone(), config.endpoints.clone());
-        let pinner = Pinner::new(ram.space().clone(), host.mapper(), pinner_config)?;
+        let mapper = host.mapper();
+        let pinner = Pinner::new(ram.space().clone(), Arc::clone(&mapper), pinner_config)?;
         let slots = slots_file().context("cannot make the memory of the notify map")?;
         let notify = SharedSlots::new(Arc::new(map_slots(&slots)?), config.vcpus)?;
         let service = Arc::new(Service::new(pinner, notify).context("cannot make the workers' eventfds")?);
@@ -70,11 +71,11 @@ impl<'a> Guest<'a> {
         team.look = config.look;
         team.pin_workers = config.pin_workers;
         let workers = Team::spawn(&service, &team).context("cannot start the workers")?;
-        let served = Arc::new(Served::new(workers, host));
+        let served = Arc::new(Served::new(workers, Arc::clone(&host.gate), mapper));
         let all_pinner = match host.container() {
             Some(_) => {
                 host.gate.guest_comes();
-                let spawned = AllPinner::spawn(Arc::clone(&served), Arc::clone(&host.gate));
+                let spawned = AllPinner::spawn(Arc::clone(&served));
                 Some(spawned.inspect_err(|_| host.gate.guest_goes()).context("cannot start a thread")?)
             }
             None => None,
@@ -96,14 +97,14 @@ impl<'a> Guest<'a> {
         &mut self,
         change: impl FnOnce(&mut Ram, &Pinner<Space>) -> Result<(), RamError>,
     ) -> Result<(), Errno> {
-        let before = self.ram.bytes();
+        let (message, before) = (Instant::now(), self.ram.bytes());
         let changed = change(&mut self.ram, self.served.workers.service().pinner());
         let bytes = self.ram.bytes();
         self.served.ram.store(bytes, Relaxed);
         self.host.memory.set(self.ram.ranges());
         if bytes > before {
             self.say_if_it_cannot_be_pinned(bytes);
-            self.host.gate.ram_has_come();
+            self.host.gate.ram_has_come(message);
         }
         changed.map_err(|error| {
             tracing::warn!("{error}");
@@ -115,8 +116,10 @@ impl<'a> Guest<'a> {
     fn say_if_it_cannot_be_pinned(&self, ram: u64) {
         let Some(container) = self.host.container() else { return };
         let policy = self.pinner().policy();
-        let pinned = policy.quota.map_or(ram, |quota| quota.min(ram));
-        let needs = Needs { ram: Vec::new(), pinned, mappings: 0 };
+        let most = policy.quota.map_or(ram, |quota| quota.min(ram));
+        // What is pinned is locked already, and counted with that.
+        let more = most.saturating_sub(self.pinner().pinned_pages().saturating_mul(PAGE_SIZE));
+        let needs = Needs { ram: Vec::new(), pinned: more, mappings: 0 };
         if let Err(error) = container.prepare(&needs) {
             tracing::warn!("{error}");
         }
@@ -216,9 +219,7 @@ impl<'a> Guest<'a> {
         if self.ram.bytes() == 0 {
             self.ram.say_not_shared();
         }
-        if self.pinner().is_active() {
-            self.host.gate.drain();
-        }
+        let _draining = self.pinner().is_active().then(|| self.host.gate.drain());
         // Where it is not, the pinner has said why, as rarely as a guest may have things said.
         if self.pinner().activate(root, levels).is_ok() {
             self.host.gate.activated();
@@ -246,8 +247,8 @@ impl<'a> Guest<'a> {
 
     fn drain(&mut self, drain: Drain) {
         self.table = None;
-        // Before anything is, no device does DMA.
-        self.host.gate.drain();
+        // Before anything is, and until all is, no device does DMA.
+        let _draining = self.host.gate.drain();
         // What cannot be unmapped is said by the pinner, and keeps its memory.
         let _stuck = self.pinner().deactivate(drain);
         self.served.parked.clear();

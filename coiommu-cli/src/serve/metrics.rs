@@ -22,8 +22,8 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
 use super::http::{self, Response};
-use super::passthrough::gate::{All, Passed};
 use super::watch::{Served, Watch};
+use crate::control::{All, Passed};
 
 /// Where metrics are served.
 #[derive(Clone, Debug, PartialEq, Eq)]

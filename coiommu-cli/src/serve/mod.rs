@@ -42,7 +42,7 @@ mod watch;
 use guest::Guest;
 use logging::LogFormat;
 use passthrough::{DeviceArgument, Gate, Memory, Passthrough, WithoutDriver};
-use wait::{Signals, Woken};
+use wait::{Stop, Woken};
 use watch::Watch;
 
 /// Serve a guest the CoIOMMU device, over vfio-user
@@ -91,7 +91,7 @@ pub struct Args {
     passthrough: Vec<DeviceArgument>,
 
     /// What becomes of a guest that starts a device without CoIOMMU's driver, as firmware does
-    #[arg(long, value_name = "WHAT", default_value = "pin-all")]
+    #[arg(long, value_name = "WHAT", default_value = "pin-all", requires = "passthrough")]
     without_driver: WithoutDriver,
 
     /// How to pin and unpin: key=value pairs with commas between
@@ -153,7 +153,7 @@ enum Ended {
     Gone,
     /// It was none: somebody has looked whether a server is there, as another server does.
     Nobody,
-    /// A signal came.
+    /// It is time to end.
     Stopped,
 }
 
@@ -173,23 +173,23 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     served
 }
 
-/// What all guests are served through, one after the other.
+/// What a guest is served through.
 #[derive(Debug)]
 pub(crate) struct Host {
-    /// `None`: what is pinned is kept in an IOMMU in software, a new one for each guest.
+    /// `None`: what is pinned is kept in an IOMMU in software.
     passthrough: Option<Passthrough>,
     pub(crate) gate: Arc<Gate>,
     pub(crate) memory: Memory,
 }
 
 impl Host {
-    /// `None`: a signal came before the devices could be had.
-    fn open(args: &Args, signals: &Signals) -> anyhow::Result<Option<Self>> {
+    /// `None`: it was time to end before the devices could be had.
+    fn open(args: &Args, stop: &Stop) -> anyhow::Result<Option<Self>> {
         if args.passthrough.is_empty() {
             let gate = Arc::new(Gate::new(args.without_driver, []));
             return Ok(Some(Self { passthrough: None, gate, memory: Memory::default() }));
         }
-        let Some(passthrough) = Passthrough::open(&args.passthrough, signals)? else { return Ok(None) };
+        let Some(passthrough) = Passthrough::open(&args.passthrough, stop)? else { return Ok(None) };
         let gate = Arc::new(passthrough.gate(args.without_driver));
         Ok(Some(Self { passthrough: Some(passthrough), gate, memory: Memory::default() }))
     }
@@ -207,57 +207,52 @@ impl Host {
     }
 }
 
+/// Where VMMs connect to.
+#[derive(Debug)]
+struct Sockets {
+    coiommu: Listener,
+    /// In the order of the devices that are passed through.
+    devices: Vec<Listener>,
+}
+
 fn serve_all(args: &Args) -> anyhow::Result<()> {
-    let signals = Signals::catch().context("cannot catch signals")?;
+    let stop = Stop::on_signals().context("cannot catch signals")?;
     let config = Config::new(args);
     limits::raise_open_files();
-    let Some(host) = Host::open(args, &signals)? else { return Ok(()) };
+    let Some(mut host) = Host::open(args, &stop)? else { return Ok(()) };
     // What is wrong with it is found out now, not when a VMM comes.
     new_guest(&config, &host)?.end(Drain::Reset)?;
-    let listener = Listener::bind(&args.socket)?;
-    let devices = host.passthrough.as_ref().map_or(Ok(Vec::new()), Passthrough::listen)?;
+    let sockets = Sockets { coiommu: Listener::bind(&args.socket)?, devices: passthrough::listen(&args.passthrough)? };
     let watch = Watch::default();
     let _control = args.control.as_deref().map(|path| control::listen(path, &watch)).transpose()?;
     let _metrics = args.metrics.as_ref().map(|place| metrics::listen(place, &watch)).transpose()?;
-    thread::scope(|scope| {
-        // However it ends, so do the threads.
-        let _end = End(&signals);
-        if let Some(passthrough) = &host.passthrough {
-            passthrough.serve(scope, &devices, &host.gate, &host.memory, &signals)?;
-        }
-        tracing::info!("waiting for a VMM at {}", args.socket.display());
-        serve_vmms(args.persist, &config, &host, &listener, &signals, &watch)
-    })
-}
-
-/// Ends all threads when it is dropped.
-struct End<'a>(&'a Signals);
-
-impl Drop for End<'_> {
-    fn drop(&mut self) {
-        self.0.raise();
-    }
-}
-
-fn serve_vmms(
-    persist: bool,
-    config: &Config,
-    host: &Host,
-    listener: &Listener,
-    signals: &Signals,
-    watch: &Watch,
-) -> anyhow::Result<()> {
-    while let Some(stream) = wait::for_client(listener, signals)? {
-        let connection = Connection::new(stream, Limits::default());
-        match (serve(connection, config, host, listener, signals, watch), persist) {
-            (Ok(Ended::Stopped), _) | (Ok(Ended::Gone), false) => break,
-            (Ok(Ended::Nobody), _) => {}
-            (Ok(Ended::Gone), true) => tracing::info!("waiting for the next VMM"),
+    tracing::info!("waiting for a VMM at {}", args.socket.display());
+    loop {
+        match (serve_vmm(&config, &host, &sockets, &stop, &watch), args.persist) {
+            (Ok(Ended::Gone | Ended::Nobody), true) => tracing::info!("waiting for the next VMM"),
             (Err(error), true) => tracing::error!("{error:#}; waiting for the next VMM"),
-            (Err(error), false) => return Err(error),
+            (ended, _) => return ended.map(drop),
         }
+        drop(host);
+        let Some(next) = Host::open(args, &stop)? else { return Ok(()) };
+        host = next;
     }
-    Ok(())
+}
+
+/// Waits for a VMM, and serves it, and all its devices, to its end.
+fn serve_vmm(config: &Config, host: &Host, sockets: &Sockets, stop: &Stop, watch: &Watch) -> anyhow::Result<Ended> {
+    thread::scope(|scope| {
+        let passthrough = host.passthrough.as_ref();
+        let _threads = passthrough.map(|it| it.serve(scope, &sockets.devices, &host.gate, &host.memory)).transpose()?;
+        while let Some(stream) = wait::for_client(&sockets.coiommu, stop)? {
+            let connection = Connection::new(stream, Limits::default());
+            match serve(connection, config, host, &sockets.coiommu, stop, watch)? {
+                Ended::Nobody => {}
+                ended => return Ok(ended),
+            }
+        }
+        Ok(Ended::Stopped)
+    })
 }
 
 /// A guest, each of whose vCPUs costs file descriptors.
@@ -271,13 +266,13 @@ fn serve(
     config: &Config,
     host: &Host,
     listener: &Listener,
-    signals: &Signals,
+    stop: &Stop,
     watch: &Watch,
 ) -> anyhow::Result<Ended> {
     let mut guest = new_guest(config, host)?;
     tracing::info!("a VMM has connected");
     let shown = watch.show(guest.served());
-    let ended = requests(&mut guest, &mut connection, listener, signals);
+    let ended = requests(&mut guest, &mut connection, listener, stop);
     drop(shown);
     let drain = match &ended {
         // The guest is told, for what good it is to it.
@@ -312,12 +307,12 @@ fn requests(
     device: &mut dyn Serves,
     connection: &mut Connection,
     listener: &Listener,
-    signals: &Signals,
+    stop: &Stop,
 ) -> anyhow::Result<Ended> {
     let mut looks = 0_u64;
     loop {
         looks += 1;
-        if looks.is_multiple_of(TURN) && wait::is_stopped(listener, signals)? {
+        if looks.is_multiple_of(TURN) && wait::is_stopped(listener, stop)? {
             return Ok(Ended::Stopped);
         }
         let event = match connection.receive() {
@@ -332,7 +327,7 @@ fn requests(
             Event::Request(request) => device.serve(connection, request),
             Event::Closed => return Ok(if connection.client().is_some() { Ended::Gone } else { Ended::Nobody }),
             Event::More => {}
-            Event::Idle => match wait::for_any(connection, listener, signals)? {
+            Event::Idle => match wait::for_any(connection, listener, stop)? {
                 Woken::Stop => return Ok(Ended::Stopped),
                 Woken::Connection => {}
             },

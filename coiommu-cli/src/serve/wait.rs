@@ -1,4 +1,4 @@
-//! Waiting: for the VMM that is served, for the next one, and for signals.
+//! Waiting: for the VMM that is served, for the next one, and for the end.
 
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,25 +12,31 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 
-/// The signals that end it.
+/// That it is time to end, for all who wait.
 #[derive(Debug)]
-pub(crate) struct Signals {
-    /// Readable once one has come; never read.
-    caught: UnixStream,
+pub(crate) struct Stop {
+    /// Readable once it is; never read.
+    come: UnixStream,
     /// What makes it so.
     raise: UnixStream,
 }
 
-impl Signals {
-    pub(crate) fn catch() -> io::Result<Self> {
-        let (caught, raise) = UnixStream::pair()?;
-        for signal in [SIGTERM, SIGINT] {
-            pipe::register(signal, raise.try_clone()?)?;
-        }
-        Ok(Self { caught, raise })
+impl Stop {
+    pub(crate) fn new() -> io::Result<Self> {
+        let (come, raise) = UnixStream::pair()?;
+        Ok(Self { come, raise })
     }
 
-    /// As if one had come: everybody who waits ends.
+    /// When a signal comes that is to end the program.
+    pub(crate) fn on_signals() -> io::Result<Self> {
+        let stop = Self::new()?;
+        for signal in [SIGTERM, SIGINT] {
+            pipe::register(signal, stop.raise.try_clone()?)?;
+        }
+        Ok(stop)
+    }
+
+    /// It is time.
     pub(crate) fn raise(&self) {
         // It fails only if so much was written already that nothing more has room.
         let _full = (&self.raise).write(&[0]);
@@ -40,24 +46,24 @@ impl Signals {
 /// What has ended a wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Woken {
-    /// A signal came.
+    /// It is time to end.
     Stop,
     /// The connection is to be looked at.
     Connection,
 }
 
-/// Waits for so long; whether a signal has come.
-pub(crate) fn for_signal(signals: &Signals, time: Duration) -> anyhow::Result<bool> {
+/// Waits for so long; whether it is time to end.
+pub(crate) fn for_stop(stop: &Stop, time: Duration) -> anyhow::Result<bool> {
     let time = Timespec::try_from(time).context("it is too long to wait")?;
-    let [stop] = ready([(signals.caught.as_fd(), PollFlags::IN)], Some(&time))?;
-    Ok(stop)
+    let [is_over] = ready([(stop.come.as_fd(), PollFlags::IN)], Some(&time))?;
+    Ok(is_over)
 }
 
-/// Waits for a VMM. `None`: a signal came first.
-pub(crate) fn for_client(listener: &Listener, signals: &Signals) -> anyhow::Result<Option<UnixStream>> {
+/// Waits for a VMM. `None`: it is time to end.
+pub(crate) fn for_client(listener: &Listener, stop: &Stop) -> anyhow::Result<Option<UnixStream>> {
     loop {
-        let [stop, _] = wait([(signals.caught.as_fd(), PollFlags::IN), (listener.as_fd(), PollFlags::IN)])?;
-        if stop {
+        let [is_over, _] = wait([(stop.come.as_fd(), PollFlags::IN), (listener.as_fd(), PollFlags::IN)])?;
+        if is_over {
             return Ok(None);
         }
         match listener.accept() {
@@ -69,18 +75,18 @@ pub(crate) fn for_client(listener: &Listener, signals: &Signals) -> anyhow::Resu
 }
 
 /// Waits until there is something to do for a VMM that is served. Others that come are turned away.
-pub(crate) fn for_any(connection: &mut Connection, listener: &Listener, signals: &Signals) -> anyhow::Result<Woken> {
+pub(crate) fn for_any(connection: &mut Connection, listener: &Listener, stop: &Stop) -> anyhow::Result<Woken> {
     loop {
         let Interest { read, write } = connection.interest();
         let mut events = PollFlags::empty();
         events.set(PollFlags::IN, read);
         events.set(PollFlags::OUT, write);
-        let [stop, is_ready, other] = wait([
-            (signals.caught.as_fd(), PollFlags::IN),
+        let [is_over, is_ready, other] = wait([
+            (stop.come.as_fd(), PollFlags::IN),
             (connection.as_fd(), events),
             (listener.as_fd(), PollFlags::IN),
         ])?;
-        if stop {
+        if is_over {
             return Ok(Woken::Stop);
         }
         // It may have gone, and be it before the other came: then that one is next, and not turned away.
@@ -93,15 +99,15 @@ pub(crate) fn for_any(connection: &mut Connection, listener: &Listener, signals:
     }
 }
 
-/// Whether a signal has come, without waiting. Others that come are turned away. For between requests, when the VMM
+/// Whether it is time to end, without waiting. Others that come are turned away. For between requests, when the VMM
 /// that is served always has another.
-pub(crate) fn is_stopped(listener: &Listener, signals: &Signals) -> anyhow::Result<bool> {
-    let fds = [(signals.caught.as_fd(), PollFlags::IN), (listener.as_fd(), PollFlags::IN)];
-    let [stop, other] = ready(fds, Some(&Timespec::default()))?;
+pub(crate) fn is_stopped(listener: &Listener, stop: &Stop) -> anyhow::Result<bool> {
+    let fds = [(stop.come.as_fd(), PollFlags::IN), (listener.as_fd(), PollFlags::IN)];
+    let [is_over, other] = ready(fds, Some(&Timespec::default()))?;
     if other {
         turn_away(listener);
     }
-    Ok(stop)
+    Ok(is_over)
 }
 
 fn turn_away(listener: &Listener) {

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use coiommu_dtt::PAGE_SIZE;
+use coiommu_pin::DmaMapper;
 use coiommu_pin::pinner::UnpinReport;
 
-use super::Host;
 use super::guest::Workers;
 use super::passthrough::Gate;
 use crate::control::{Pin, Stats};
@@ -18,8 +18,7 @@ pub(crate) struct Served {
     pub(crate) workers: Workers,
     /// Of the devices that are passed through.
     pub(crate) gate: Arc<Gate>,
-    #[cfg(feature = "test-hooks")]
-    pub(crate) mapper: Arc<dyn coiommu_pin::DmaMapper>,
+    pub(crate) mapper: Arc<dyn DmaMapper>,
     pub(crate) parked: Parked,
     pub(crate) unpins: Unpins,
     /// The bytes of RAM that may be pinned.
@@ -29,12 +28,11 @@ pub(crate) struct Served {
 }
 
 impl Served {
-    pub(crate) fn new(workers: Workers, host: &Host) -> Self {
+    pub(crate) fn new(workers: Workers, gate: Arc<Gate>, mapper: Arc<dyn DmaMapper>) -> Self {
         Self {
             workers,
-            gate: Arc::clone(&host.gate),
-            #[cfg(feature = "test-hooks")]
-            mapper: host.mapper(),
+            gate,
+            mapper,
             parked: Parked::default(),
             unpins: Unpins::default(),
             ram: AtomicU64::new(0),

@@ -10,7 +10,7 @@
 //! | in use | since it is, was seen with bus mastering off, or has asked for a page | if the guest wishes |
 //! | in use | otherwise: somebody may use it who does not count | `pin-all`: while all RAM is pinned; `hold`: if the guest wishes |
 //!
-//! No VMM that tells of RAM, or one that is going: no device may.
+//! No VMM that tells of RAM, or one that is going, or everything is being drained: no device may.
 
 use std::fmt;
 use std::io;
@@ -20,7 +20,8 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 use coiommu_dtt::Bdf;
 use coiommu_vfio::type1::Device;
-use serde::{Deserialize, Serialize};
+
+use crate::control::{All, Passed};
 
 /// How long a message of the VMM may wait until all RAM is pinned: VMMs give a message 5 s.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -46,6 +47,7 @@ pub(crate) trait Master: fmt::Debug + Send + Sync {
     fn address(&self) -> &str;
     fn set_bus_master(&self, on: bool) -> io::Result<()>;
     fn is_bus_master(&self) -> io::Result<bool>;
+    fn reset(&self) -> io::Result<()>;
 }
 
 impl Master for Device {
@@ -60,23 +62,10 @@ impl Master for Device {
     fn is_bus_master(&self) -> io::Result<bool> {
         Self::is_bus_master(self)
     }
-}
 
-/// How far all RAM is pinned.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum All {
-    /// It is not to be.
-    #[default]
-    No,
-    /// It is to be, and is not yet.
-    Pinning,
-    /// It is.
-    Pinned,
-    /// It cannot be.
-    Failed,
-    /// It does not have to be any more: what is idle goes.
-    Leaving,
+    fn reset(&self) -> io::Result<()> {
+        Self::reset(self)
+    }
 }
 
 /// A device as the gate sees it.
@@ -100,20 +89,24 @@ struct State {
     has_guest: bool,
     /// A table is in use.
     is_active: bool,
+    /// Everything is being unpinned: until that is over, wishes are noted, and no more.
+    is_draining: bool,
     all: All,
     /// Which time it is that all RAM is to be pinned. What is said of another time is of no interest any more.
     round: u64,
     /// RAM has come where all was pinned: until it is pinned too, or that takes too long, devices that are on stay on, as
     /// the guest has not been told of it yet.
     has_grace: bool,
-    /// The thread that pins is at work.
+    /// There is a thread that pins.
+    has_worker: bool,
+    /// It is at work.
     is_busy: bool,
 }
 
 /// Holds the bus mastering of all devices of a guest.
 ///
 /// Its one lock protects what the guest wishes and what the devices have, so that both are of one moment. It is held while
-/// command registers are written; never while anything is pinned or unpinned.
+/// config space is written, as that can change both; never while anything is pinned or unpinned.
 #[derive(Debug)]
 pub(crate) struct Gate {
     state: Mutex<State>,
@@ -135,30 +128,6 @@ pub(crate) enum Work {
     End,
 }
 
-/// A device as others see it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Passed {
-    /// Where the host has it.
-    pub(crate) host: String,
-    /// Where the guest has it.
-    pub(crate) guest: String,
-    /// Whether the guest has its bus mastering on.
-    pub(crate) bus_master_wished: bool,
-    /// Whether the device has.
-    pub(crate) bus_master: bool,
-}
-
-impl Passed {
-    /// Whether it may do DMA, in a word; `held`: the guest believes so.
-    pub(crate) fn bus_mastering(&self) -> &'static str {
-        match (self.bus_master_wished, self.bus_master) {
-            (_, true) => "on",
-            (true, false) => "held",
-            (false, false) => "off",
-        }
-    }
-}
-
 impl Gate {
     /// For devices whose bus mastering is off.
     pub(crate) fn new(
@@ -171,9 +140,11 @@ impl Gate {
             endpoints: devices.into_iter().map(endpoint).collect(),
             has_guest: false,
             is_active: false,
+            is_draining: false,
             all: All::No,
             round: 0,
             has_grace: false,
+            has_worker: false,
             is_busy: false,
         };
         Self { state: Mutex::new(state), changed: Condvar::new(), patience: PATIENCE }
@@ -191,10 +162,9 @@ impl Gate {
         let (is_active, without_driver, has_guest) = (state.is_active, state.without_driver, state.has_guest);
         let Some(endpoint) = state.endpoints.get_mut(device) else { return };
         let (before, address) = (endpoint.wish, endpoint.device.address());
-        if on && !before && !has_guest {
-            tracing::warn!(
-                "{address} is started, and its VMM has told of no memory: show the guest the CoIOMMU device as well"
-            );
+        if on && !has_guest {
+            tracing::warn!("{address} is not started: its VMM has no CoIOMMU device, which tells what is memory");
+            return;
         }
         if on && !is_active && without_driver == WithoutDriver::Refuse {
             tracing::info!("{address} is not started: the guest's driver is not active (--without-driver refuse)");
@@ -208,22 +178,28 @@ impl Gate {
             state.all = All::No;
         }
         self.settle(&mut state);
-        if on {
+        if on && !before {
             let is_open = |state: &State| state.endpoints.get(device).is_none_or(|endpoint| endpoint.is_on);
-            drop(self.wait_for(state, |state| state.all != All::Pinning || is_open(state)));
+            drop(self.wait_for(state, self.patience, |state| state.all != All::Pinning || is_open(state)));
         }
     }
 
-    /// Does something to a device's command register with its bus mastering, which is given, as it is.
-    pub(crate) fn with_held<T>(&self, device: usize, act: impl FnOnce(bool) -> T) -> T {
-        let state = self.lock();
-        act(state.endpoints.get(device).is_some_and(|endpoint| endpoint.is_on))
+    /// Writes to a device's config space, where its bus mastering, which is given, stays as it is.
+    pub(crate) fn write_config<T>(&self, device: usize, write: impl FnOnce(bool) -> T) -> T {
+        let mut state = self.lock();
+        let Some(endpoint) = state.endpoints.get_mut(device) else { return write(false) };
+        let written = write(endpoint.is_on);
+        // A device that comes back from sleep, or from a reset of its own, may have it as it was then.
+        if endpoint.device.is_bus_master().is_ok_and(|is_on| is_on != endpoint.is_on) {
+            endpoint.switch(endpoint.is_on);
+        }
+        written
     }
 
-    /// A VMM tells of RAM from now on.
+    /// A VMM tells of RAM from now on, and there is a thread that pins.
     pub(crate) fn guest_comes(&self) {
         let mut state = self.lock();
-        state.has_guest = true;
+        (state.has_guest, state.has_worker) = (true, true);
         self.settle(&mut state);
     }
 
@@ -233,9 +209,10 @@ impl Gate {
     }
 
     /// Everything is about to be drained. When this returns, no device does DMA, as the guest sees, and nothing is being
-    /// pinned for those that nobody counts for.
-    pub(crate) fn drain(&self) {
-        self.close(|_| {});
+    /// pinned for those that nobody counts for; and so it stays until what is returned is dropped, with the drain over.
+    pub(crate) fn drain(&self) -> Draining<'_> {
+        self.close(|state| state.is_draining = true);
+        Draining(self)
     }
 
     fn close(&self, change: impl FnOnce(&mut State)) {
@@ -249,10 +226,10 @@ impl Gate {
             endpoint.wish = false;
             endpoint.is_counted = false;
             // The VMM has the device open, and may have switched it on behind our back.
-            endpoint.switch(false);
+            endpoint.stop();
         }
         self.settle(&mut state);
-        // It looks often enough whether it is still wanted.
+        // It takes steps, and looks after each whether it is still wanted.
         let idle = self.changed.wait_while(state, |state| state.is_busy);
         drop(idle.unwrap_or_else(PoisonError::into_inner));
     }
@@ -267,9 +244,9 @@ impl Gate {
         self.settle(&mut state);
     }
 
-    /// RAM has come, of which the guest is not told before this returns. It takes no more than some seconds: a device that
-    /// may reach RAM that is not pinned by then is held until it is.
-    pub(crate) fn ram_has_come(&self) {
+    /// RAM has come, of which the guest is not told before this returns. Where a device may reach all RAM, this waits until it
+    /// is pinned, for what is left of some seconds since the VMM's message came; the device is held then, until it is.
+    pub(crate) fn ram_has_come(&self, message: Instant) {
         let mut state = self.lock();
         if state.needs_all() || matches!(state.all, All::Pinning | All::Pinned) {
             state.has_grace |= state.all == All::Pinned;
@@ -277,12 +254,9 @@ impl Gate {
             state.round += 1;
         }
         self.settle(&mut state);
-        if !state.needs_all() {
-            return;
-        }
-        let mut state = self.wait_for(state, |state| state.all != All::Pinning);
-        // What a guest with a table was using is mapped again by now, and it has learnt of no other memory.
-        if state.all == All::Pinning && !state.is_active && std::mem::take(&mut state.has_grace) {
+        let left = self.patience.saturating_sub(message.elapsed());
+        let mut state = self.wait_for(state, left, |state| !state.has_grace || !state.needs_all());
+        if std::mem::take(&mut state.has_grace) && state.needs_all() {
             tracing::warn!("memory that has come is not pinned yet: no device does DMA until it is");
             self.settle(&mut state);
         }
@@ -322,6 +296,11 @@ impl Gate {
         state.all == All::Pinning && state.round == round
     }
 
+    /// Whether what is idle is still to be let go.
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.lock().all == All::Leaving
+    }
+
     /// All RAM is pinned, or cannot be. Whether a device may do DMA now that might not before.
     pub(crate) fn pinned(&self, round: u64, is_pinned: bool) -> bool {
         let mut state = self.lock();
@@ -329,7 +308,6 @@ impl Gate {
         let before = on(&state);
         if state.all == All::Pinning && state.round == round {
             state.all = if is_pinned { All::Pinned } else { All::Failed };
-            state.has_grace = false;
             self.settle(&mut state);
         }
         on(&state) > before
@@ -338,11 +316,7 @@ impl Gate {
     /// The thread that pins ends, and be it in a panic: nobody waits for it any more.
     pub(crate) fn worker_ends(&self) {
         let mut state = self.lock();
-        state.is_busy = false;
-        if state.all == All::Pinning {
-            state.all = All::Failed;
-            state.has_grace = false;
-        }
+        (state.is_busy, state.has_worker) = (false, false);
         self.settle(&mut state);
     }
 
@@ -393,8 +367,13 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    fn wait_for<'a>(&self, state: MutexGuard<'a, State>, is_over: impl Fn(&State) -> bool) -> MutexGuard<'a, State> {
-        let waited = self.changed.wait_timeout_while(state, self.patience, |state| !is_over(state));
+    fn wait_for<'a>(
+        &self,
+        state: MutexGuard<'a, State>,
+        patience: Duration,
+        is_over: impl Fn(&State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        let waited = self.changed.wait_timeout_while(state, patience, |state| !is_over(state));
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
@@ -411,7 +390,8 @@ impl State {
 
     /// Whether all RAM has to be pinned, for a device that is used by who does not count.
     fn needs_all(&self) -> bool {
-        self.has_guest && self.without_driver == WithoutDriver::PinAll && self.uncounted().next().is_some()
+        let may = self.has_guest && !self.is_draining && self.without_driver == WithoutDriver::PinAll;
+        may && self.uncounted().next().is_some()
     }
 
     /// Whether all RAM is to be pinned from now on, or not any more. Without a table in use it stays pinned for the next that
@@ -425,10 +405,15 @@ impl State {
             (All::Pinning | All::Pinned | All::Failed, false) if self.is_active => self.all = All::Leaving,
             _ => {}
         }
+        if self.all == All::Pinning && !self.has_worker {
+            self.all = All::Failed;
+        }
+        self.has_grace &= self.all == All::Pinning;
     }
 
     fn may_do_dma(&self, at: usize) -> bool {
-        let Some(endpoint) = self.endpoints.get(at).filter(|endpoint| endpoint.wish && self.has_guest) else {
+        let is_open = self.has_guest && !self.is_draining;
+        let Some(endpoint) = self.endpoints.get(at).filter(|endpoint| endpoint.wish && is_open) else {
             return false;
         };
         match self.without_driver {
@@ -440,7 +425,35 @@ impl State {
     }
 }
 
+/// Everything is being drained. Dropped when it is.
+#[must_use = "no device does DMA while this is there"]
+#[derive(Debug)]
+pub(crate) struct Draining<'a>(&'a Gate);
+
+impl Drop for Draining<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.is_draining = false;
+        self.0.settle(&mut state);
+    }
+}
+
 impl Endpoint {
+    /// Switches it off, whatever it is said to be; a device that does not go off is reset.
+    fn stop(&mut self) {
+        self.switch(false);
+        if !self.is_on {
+            return;
+        }
+        let reset = self.device.reset();
+        self.switch(false);
+        if self.is_on {
+            let reset = reset.map_or_else(|error| error.to_string(), |()| "done".to_owned());
+            let address = self.device.address();
+            tracing::error!("{address} cannot be stopped (reset: {reset}), and may use memory while it is unpinned");
+        }
+    }
+
     /// Switches bus mastering, and reads it back. What cannot be switched off is tried again the next time, and told.
     fn switch(&mut self, on: bool) {
         let switched = self.device.set_bus_master(on).and_then(|()| self.device.is_bus_master());

@@ -21,7 +21,7 @@ use coiommu_vfio::Type1;
 use coiommu_vfio::type1::{Device, OpenError};
 use coiommu_vfio_user::{Connection, Limits, Listener};
 
-use super::wait::{self, Signals};
+use super::wait::{self, Stop};
 use super::{Ended, requests};
 
 mod arguments;
@@ -37,34 +37,49 @@ pub(crate) use memory::Memory;
 use proxy::Proxy;
 
 /// How often it is looked whether devices that are in use are free.
-const BUSY: Duration = Duration::from_secs(1);
+const BUSY: Duration = Duration::from_millis(200);
 /// How long a VMM has to take its last answers.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// The devices that are passed through; none of them does DMA before a guest is there.
+/// The devices that are passed through, for one guest: for the next they are opened anew, once nobody has them any more, so that
+/// nothing of the one reaches the other. None of them does DMA before a guest is there.
 #[derive(Debug)]
 pub(crate) struct Passthrough {
     /// All of them.
     pub(crate) container: Arc<Type1>,
     devices: Vec<(Arc<Device>, DeviceArgument)>,
+    /// For the threads that serve them.
+    stop: Stop,
+}
+
+/// The threads that serve devices: they end when this is dropped.
+#[must_use = "they end when it is dropped"]
+#[derive(Debug)]
+pub(crate) struct Threads<'a>(&'a Stop);
+
+impl Drop for Threads<'_> {
+    fn drop(&mut self) {
+        self.0.raise();
+    }
 }
 
 impl Passthrough {
-    /// Opens the devices, in one container. Waits while somebody else has one. `None`: a signal came first.
-    pub(crate) fn open(arguments: &[DeviceArgument], signals: &Signals) -> anyhow::Result<Option<Self>> {
+    /// Opens the devices, in one container. Waits while somebody else has one. `None`: it is time to end.
+    pub(crate) fn open(arguments: &[DeviceArgument], stop: &Stop) -> anyhow::Result<Option<Self>> {
         for (at, argument) in arguments.iter().enumerate() {
             if arguments.iter().take(at).any(|other| other.host == argument.host) {
                 bail!("{} is passed through twice: name each device once", argument.host);
             }
         }
-        let Some(container) = open_when_free(arguments, signals)? else { return Ok(None) };
+        let Some(container) = open_when_free(arguments, stop)? else { return Ok(None) };
         let device = |argument: &DeviceArgument| {
             let found = container.devices().iter().find(|device| device.address() == argument.host);
             let found = found.with_context(|| format!("{} is not in its container", argument.host))?;
             Ok((Arc::clone(found), argument.clone()))
         };
         let devices = arguments.iter().map(device).collect::<anyhow::Result<_>>()?;
-        Ok(Some(Self { container: Arc::new(container), devices }))
+        let stop = Stop::new().context("cannot make a socket")?;
+        Ok(Some(Self { container: Arc::new(container), devices, stop }))
     }
 
     /// Their gate, closed.
@@ -73,37 +88,38 @@ impl Passthrough {
         Gate::new(without_driver, masters)
     }
 
-    /// Their sockets, in the order of the devices.
-    pub(crate) fn listen(&self) -> anyhow::Result<Vec<Listener>> {
-        self.devices.iter().map(|(_, argument)| Ok(Listener::bind(&argument.socket)?)).collect()
-    }
-
-    /// Serves each at its socket, in a thread of its own, until a signal comes.
+    /// Serves each at its socket, in a thread of its own, until what this returns is dropped.
     pub(crate) fn serve<'scope, 'env>(
         &'env self,
         scope: &'scope Scope<'scope, 'env>,
         listeners: &'env [Listener],
         gate: &'env Gate,
         memory: &'env Memory,
-        signals: &'env Signals,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<Threads<'env>> {
+        // However this ends, so do those that were started.
+        let threads = Threads(&self.stop);
         for (number, ((device, argument), listener)) in self.devices.iter().zip(listeners).enumerate() {
             let serve = move || {
                 let mut new = || Proxy::new(Arc::clone(device), number, gate, memory).map_err(Into::into);
-                if let Err(error) = serve_device(&mut new, listener, signals) {
+                if let Err(error) = serve_device(&mut new, listener, &self.stop) {
                     tracing::error!("{} is not served any more: {error:#}", device.address());
                 }
             };
             thread::Builder::new().name(format!("coiommu-{}", argument.guest)).spawn_scoped(scope, serve)?;
-            tracing::info!("{} is {} in the guest, at {}", argument.host, argument.guest, argument.socket.display());
+            tracing::debug!("{} is {} in the guest, at {}", argument.host, argument.guest, argument.socket.display());
         }
-        Ok(())
+        Ok(threads)
     }
+}
+
+/// The sockets of devices, in their order.
+pub(crate) fn listen(arguments: &[DeviceArgument]) -> anyhow::Result<Vec<Listener>> {
+    arguments.iter().map(|argument| Ok(Listener::bind(&argument.socket)?)).collect()
 }
 
 /// Opens the devices, once nobody else has them. A VMM that outlives its server still has the devices, and what is pinned
 /// for them stays so until it ends.
-fn open_when_free(arguments: &[DeviceArgument], signals: &Signals) -> anyhow::Result<Option<Type1>> {
+fn open_when_free(arguments: &[DeviceArgument], stop: &Stop) -> anyhow::Result<Option<Type1>> {
     let mut said = String::new();
     loop {
         match Type1::open(arguments.iter().map(|argument| &argument.host)) {
@@ -117,7 +133,7 @@ fn open_when_free(arguments: &[DeviceArgument], signals: &Signals) -> anyhow::Re
             }
             Err(error) => return Err(error.into()),
         }
-        if wait::for_signal(signals, BUSY)? {
+        if wait::for_stop(stop, BUSY)? {
             return Ok(None);
         }
     }
@@ -127,13 +143,22 @@ fn open_when_free(arguments: &[DeviceArgument], signals: &Signals) -> anyhow::Re
 fn serve_device<'a>(
     new: &mut dyn FnMut() -> anyhow::Result<Proxy<'a>>,
     listener: &Listener,
-    signals: &Signals,
+    stop: &Stop,
 ) -> anyhow::Result<()> {
     let at = |path: &Path| path.display().to_string();
-    while let Some(stream) = wait::for_client(listener, signals)? {
+    while let Some(stream) = wait::for_client(listener, stop)? {
+        let mut proxy = match new() {
+            Ok(proxy) => proxy,
+            Err(error) => {
+                tracing::error!(
+                    "at {}: the kernel does not tell of the device's interrupts: {error:#}",
+                    at(listener.path())
+                );
+                continue;
+            }
+        };
         let mut connection = Connection::new(stream, Limits::default());
-        let mut proxy = new().context("the kernel does not tell of its interrupts")?;
-        let ended = requests(&mut proxy, &mut connection, listener, signals);
+        let ended = requests(&mut proxy, &mut connection, listener, stop);
         proxy.end();
         connection.close(FAREWELL);
         match ended {

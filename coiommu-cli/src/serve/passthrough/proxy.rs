@@ -82,18 +82,20 @@ impl<'a> Proxy<'a> {
 
     fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
         let write = |data: &[u8]| self.device.write(region, offset, data).map_err(|error| errno_of(&error));
-        let wish = if region == pci::CONFIG_REGION { config::bus_master(offset, data) } else { None };
-        let Some(wish) = wish else { return write(data) };
+        if region != pci::CONFIG_REGION {
+            return write(data);
+        }
+        let wish = config::bus_master(offset, data);
         // Off before what else the write does, on after it.
-        if !wish {
+        if wish == Some(false) {
             self.gate.wish(self.number, false);
         }
-        self.gate.with_held(self.number, |is_on| {
+        self.gate.write_config(self.number, |is_on| {
             let mut data = data.to_vec();
             config::set_bus_master(offset, &mut data, is_on);
             write(&data)
         })?;
-        if wish {
+        if wish == Some(true) {
             self.say_if_memory_differs();
             self.gate.wish(self.number, true);
         }
@@ -163,7 +165,7 @@ impl<'a> Proxy<'a> {
     /// As a bus does that is reset: the device answers nowhere, and does no DMA.
     fn reset(&self) -> io::Result<()> {
         self.gate.wish(self.number, false);
-        self.gate.with_held(self.number, |_off| {
+        self.gate.write_config(self.number, |_off| {
             let mut command = [0; 2];
             self.device.read(pci::CONFIG_REGION, COMMAND, &mut command)?;
             let command = u16::from_le_bytes(command) & !ANSWERS;
