@@ -62,7 +62,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         claim: &claim,
         emulator: &Emulator::named(&args.choices.qemu),
         accel: args.choices.accel,
-        kernel: &kernel,
+        image: kernel.image(),
         initramfs: &file,
         memory: args.memory,
         options: options.into(),

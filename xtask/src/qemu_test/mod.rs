@@ -4,13 +4,23 @@
 //! | --- | --- |
 //! | [`vfio`] | coiommu-vfio on the kernel's VFIO |
 //! | [`guest`] | the guest's driver, and `coiommu serve` for a stock QEMU |
+//! | [`nested`] | devices passed through to guests of a stock QEMU, in a machine with an IOMMU |
+//! | [`driver`] | the guest's driver, built for kernels; and those kernels |
+//! | [`data`] | random bytes that guests copy |
+//! | `lib.sh` | what the jobs of guests have in common |
 
 use std::process::ExitCode;
 
-use crate::vm::{Ended, FOLDER, console};
+use crate::vm::{Answer, Ended, FOLDER, console};
 
+mod data;
+mod driver;
 mod guest;
+mod nested;
 mod vfio;
+
+/// What the jobs of guests have in common; each of them comes after this.
+const LIB: &str = include_str!("lib.sh");
 
 /// Run tests that need another machine, in one that QEMU makes
 #[derive(clap::Args)]
@@ -23,13 +33,20 @@ pub(crate) struct Args {
 enum Suite {
     Vfio(vfio::Args),
     Guest(guest::Args),
+    Nested(nested::Args),
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     match &args.suite {
         Suite::Vfio(args) => vfio::run(args),
         Suite::Guest(args) => guest::run(args),
+        Suite::Nested(args) => nested::run(args),
     }
+}
+
+/// Nothing is answered.
+fn nothing(_: &str, _: u32) -> anyhow::Result<Answer> {
+    Ok(Answer::Nothing)
 }
 
 /// Says what was wrong with a machine, or with what it was for; or if nothing was, what was good.

@@ -87,7 +87,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         claim: &claim,
         emulator: &Emulator::named(&args.choices.qemu),
         accel: args.choices.accel,
-        kernel: &kernel,
+        image: kernel.image(),
         initramfs: &file,
         memory: 2048,
         options: options.into(),

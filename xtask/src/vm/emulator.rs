@@ -1,5 +1,6 @@
 //! QEMU: which one, and how it is started.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -52,6 +53,24 @@ impl Emulator {
             arguments: arguments.into_iter().chain(firmware).collect(),
             modules: Some(tree.path(LIBRARIES).join("qemu")),
         }
+    }
+
+    /// Puts the one of a tree into a root file system, as `/qemu/qemu-system-x86_64`, with its libraries in `/qemu/lib` and its
+    /// firmware in `/qemu/share`.
+    pub(crate) fn install(tree: &Tree, root: &Path) -> anyhow::Result<()> {
+        let program = "/usr/bin/qemu-system-x86_64";
+        let firmware = ["share/seabios/bios-256k.bin", "share/qemu/kvmvapic.bin", "share/qemu/linuxboot_dma.bin"];
+        let firmware = [&firmware[..], &["share/qemu/pvh.bin"]].concat();
+        let firmware = firmware.into_iter().map(|path| ("qemu/share", tree.path("usr").join(path)));
+        let libraries = tree.libraries(program)?.into_iter().map(|path| ("qemu/lib", path));
+        let others = [("qemu", tree.path(program)), ("qemu/lib", tree.path("usr/lib64/ld-linux-x86-64.so.2"))];
+        for (folder, file) in others.into_iter().chain(libraries).chain(firmware) {
+            let folder = root.join(folder);
+            fs::create_dir_all(&folder)?;
+            let name = file.file_name().context("a file without a name")?;
+            fs::copy(&file, folder.join(name)).with_context(|| format!("cannot copy {}", file.display()))?;
+        }
+        Ok(())
     }
 
     /// It, to be given its machine. It ends when we do.

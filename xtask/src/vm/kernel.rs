@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::{Seek as _, Write as _};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -86,6 +87,17 @@ impl Kernel {
         image(&self.root, &self.version)
     }
 
+    /// The kernel itself, which starts sooner than the image that unpacks it, in a file of this name in the folder of VMs.
+    /// An emulator boots it if it can be booted by PVH, as Debian's can.
+    pub(crate) fn unpack_image(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let image = self.image();
+        let bytes = fs::read(&image).with_context(|| format!("cannot read {}", image.display()))?;
+        let packed = payload(&bytes).with_context(|| format!("{} is no bzImage", image.display()))?;
+        let file = Path::new(FOLDER).join(name);
+        unpack(packed, &file).with_context(|| format!("cannot unpack {}", image.display()))?;
+        Ok(file)
+    }
+
     /// The folder of its modules.
     fn modules(&self) -> PathBuf {
         self.root.join("lib/modules").join(&self.version)
@@ -158,6 +170,36 @@ fn link_modules(root: &Path) -> anyhow::Result<()> {
 fn image(root: &Path, version: &str) -> PathBuf {
     let beside = root.join("lib/modules").join(version).join("vmlinuz");
     if beside.is_file() { beside } else { root.join("boot").join(format!("vmlinuz-{version}")) }
+}
+
+/// The packed kernel in an image (Documentation/arch/x86/boot.rst). Its length comes last.
+fn payload(image: &[u8]) -> Option<&[u8]> {
+    let number = |at: usize| image.get(at..)?.first_chunk().map(|bytes| u32::from_le_bytes(*bytes));
+    (image.get(0x202..0x206)? == b"HdrS").then_some(())?;
+    let sectors = match *image.get(0x1f1)? {
+        0 => 4,
+        sectors => usize::from(sectors),
+    };
+    let start = usize::try_from(number(0x248)?).ok()?.checked_add((sectors + 1) * 512)?;
+    let end = usize::try_from(number(0x24c)?).ok()?.checked_add(start)?;
+    image.get(start..end)
+}
+
+fn unpack(packed: &[u8], to: &Path) -> anyhow::Result<()> {
+    let (tool, packed) = match packed {
+        [0x28, 0xb5, 0x2f, 0xfd, .., _, _, _, _] => ("zstd", &packed[..packed.len() - 4]),
+        [0xfd, b'7', b'z', .., _, _, _, _] => ("xz", &packed[..packed.len() - 4]),
+        // To which the length belongs.
+        [0x1f, 0x8b, ..] => ("gzip", packed),
+        _ => bail!("it is packed in a way that is not known here"),
+    };
+    let mut input = tempfile::tempfile()?;
+    input.write_all(packed)?;
+    input.rewind()?;
+    let status = Command::new(tool).args(["-d", "-c"]).stdin(input).stdout(fs::File::create(to)?).status();
+    let status = status.with_context(|| format!("cannot run {tool}"))?;
+    ensure!(status.success(), "{tool}: {status}");
+    Ok(())
 }
 
 /// Where a package file is unpacked, in a folder of such: anew, if it is not the one that was unpacked there before.
@@ -268,6 +310,32 @@ mod tests {
                 _ => assert!(find().unwrap_err().to_string().contains("which one? ")),
             }
         }
+    }
+
+    #[test]
+    fn the_kernel_is_taken_out_of_its_image() {
+        let folder = tempfile::tempdir().unwrap();
+        let pack = |with: &str| {
+            let line = format!("printf kernel | {with}");
+            Command::new("sh").args(["-c", &line]).output().unwrap().stdout
+        };
+        let packed = [&pack("xz -c")[..], &6u32.to_le_bytes()].concat();
+        let mut image = vec![0; 0x400];
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x1f1] = 1;
+        image[0x248..0x24c].copy_from_slice(&2u32.to_le_bytes());
+        image[0x24c..0x250].copy_from_slice(&u32::try_from(packed.len()).unwrap().to_le_bytes());
+        image.extend([&[0, 0], &packed[..]].concat());
+        assert_eq!(payload(&image), Some(&packed[..]));
+        assert_eq!(payload(&image[..image.len() - 1]), None, "it is cut off");
+        let file = folder.path().join("vmlinux");
+        for packed in [payload(&image).unwrap(), &pack("gzip -c")] {
+            unpack(packed, &file).unwrap();
+            assert_eq!(fs::read(&file).unwrap(), b"kernel");
+        }
+        assert!(unpack(b"what is this", &file).is_err());
+        image[0x202] = 0;
+        assert_eq!(payload(&image), None);
     }
 
     #[test]

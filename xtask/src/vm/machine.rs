@@ -13,11 +13,12 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 
 use super::process::Process;
-use super::{Claim, Emulator, FOLDER, Kernel, console, folder};
+use super::{Claim, Emulator, FOLDER, console, folder};
 
 /// Software that runs a machine's instructions, on a host that is busy with other things, is slow, and late: the kernel
 /// does nothing that only guards real processors, does not insist on its timer, and takes no lateness for a lock-up.
-const IN_NO_HURRY: &str = "mitigations=off no_timer_check rcupdate.rcu_cpu_stall_timeout=120 watchdog_thresh=60";
+pub(crate) const IN_NO_HURRY: &str =
+    "mitigations=off no_timer_check rcupdate.rcu_cpu_stall_timeout=120 watchdog_thresh=60";
 
 /// How often a kernel is booted that does not come up.
 const BOOTS: usize = 3;
@@ -37,7 +38,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) claim: &'a Claim,
     pub(crate) emulator: &'a Emulator,
     pub(crate) accel: Accel,
-    pub(crate) kernel: &'a Kernel,
+    /// The kernel: a file to boot.
+    pub(crate) image: PathBuf,
     pub(crate) initramfs: &'a Path,
     /// In MiB.
     pub(crate) memory: u32,
@@ -208,7 +210,7 @@ impl Machine<'_> {
             ])
             .args(self.options.iter().flat_map(|option| option.splitn(2, ' ')))
             .arg("-kernel")
-            .arg(self.kernel.image())
+            .arg(&self.image)
             .arg("-initrd")
             .arg(self.initramfs)
             .args(["-append", &append]);

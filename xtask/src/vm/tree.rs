@@ -54,6 +54,13 @@ impl Tree {
         versions.filter(is).max().with_context(|| format!("the tree has no headers of Linux {kernel}"))
     }
 
+    /// Where the libraries are that a program of the tree is linked with.
+    pub(crate) fn libraries(&self, program: &str) -> anyhow::Result<Vec<PathBuf>> {
+        let list = step::output_of(self.command("ldd").arg(program), &format!("ldd {program}"))?;
+        let paths = list.lines().filter_map(|line| line.split_once("=> /")?.1.split_whitespace().next());
+        Ok(paths.map(|path| self.path(path)).collect())
+    }
+
     /// A program of the tree, run as if there were nothing else; what it is shown of processes is unmounted with its end.
     pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new("unshare");

@@ -2,9 +2,6 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{BufReader, Read as _};
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -14,12 +11,11 @@ use serde_json::Value;
 
 use super::Args;
 use super::server::Server;
-use crate::qemu_test::judge;
-use crate::step;
+use crate::qemu_test::data::SOURCE;
+use crate::qemu_test::{LIB, data, judge};
 use crate::vm::{Answer, Claim, Emulator, Ended, FOLDER, Initramfs, Kernel, Machine, Tree, machine};
 
-/// What a guest copies to its disk and back, and what it downloads of it, in MiB.
-pub(super) const SOURCE: u64 = 200;
+/// What a guest downloads of what it copies to its disk and back, in MiB.
 pub(super) const DOWNLOAD: u64 = 50;
 /// How often, at most.
 pub(super) const ROUNDS: u64 = 3;
@@ -39,7 +35,7 @@ pub(super) struct Bed<'a> {
 
 /// A guest that is booted once.
 pub(super) struct Guest<'a> {
-    /// What it is booted for, after `lib.sh`.
+    /// What it is booted for, after [`LIB`].
     pub(super) job: &'a str,
     /// In MiB.
     pub(super) memory: u32,
@@ -60,11 +56,6 @@ impl Default for Guest<'_> {
 /// What a scene says that did not get as far.
 pub(super) const NO_END: &str = "the guest did not come to the end of its work";
 
-/// Nothing is answered.
-pub(super) fn nothing(_: &str, _: u32) -> anyhow::Result<Answer> {
-    Ok(Answer::Nothing)
-}
-
 /// The endpoints that guests have: an nvme and an e1000e.
 pub(super) const ENDPOINTS: [&str; 2] = ["--endpoint=00:03.0", "--endpoint=00:05.0"];
 
@@ -81,7 +72,7 @@ impl Bed<'_> {
         guest: Guest<'_>,
         answer: &dyn Fn(&str, u32) -> anyhow::Result<Answer>,
     ) -> anyhow::Result<Ended> {
-        let job = [include_str!("lib.sh"), guest.job].concat();
+        let job = [LIB, guest.job].concat();
         let initramfs = Initramfs::new(&self.kernel, &["virtio_blk"], &job)?;
         let crc32c = self.kernel.knows("crc32c_generic").then_some("crc32c_generic");
         let modules = ["nvme", "e1000e", "ext4", "pcnet32"].into_iter().chain(crc32c);
@@ -96,7 +87,7 @@ impl Bed<'_> {
             claim: self.claim,
             emulator: self.emulator,
             accel: self.args.choices.accel,
-            kernel: &self.kernel,
+            image: self.kernel.image(),
             initramfs: &file,
             memory: guest.memory,
             options: options(guest.memory)?.into_iter().chain(guest.devices).collect(),
@@ -138,7 +129,7 @@ impl Bed<'_> {
 
 /// Options of every guest.
 fn options(memory: u32) -> anyhow::Result<Vec<String>> {
-    let source = source()?;
+    let source = data::source()?;
     let nvme = machine::disk("nvme.img", SOURCE * 2)?;
     let mut options = vec![
         format!("-object memory-backend-memfd,id=ram,size={memory}M,share=on"),
@@ -167,15 +158,6 @@ fn options(memory: u32) -> anyhow::Result<Vec<String>> {
 const READ: &str = "read.img";
 const GOT: &str = "got.img";
 
-/// A file of random bytes.
-fn source() -> anyhow::Result<PathBuf> {
-    let path = Path::new(FOLDER).join("source.img");
-    if !fs::metadata(&path).is_ok_and(|meta| meta.len() == SOURCE << 20) {
-        step::run(&format!("dd if=/dev/urandom of={} bs=1M count={SOURCE} status=none", path.display()))?;
-    }
-    Ok(path)
-}
-
 /// What is wrong with what a guest has read back in a round, the first of which is 0.
 pub(super) fn wrong_read(round: u64) -> anyhow::Result<Option<String>> {
     wrong_bytes(READ, round, SOURCE)
@@ -187,22 +169,7 @@ pub(super) fn wrong_download(round: u64) -> anyhow::Result<Option<String>> {
 }
 
 fn wrong_bytes(name: &str, round: u64, mib: u64) -> anyhow::Result<Option<String>> {
-    let wrong = wrong_pages(&source()?, &Path::new(FOLDER).join(name), round * (mib << 20), mib << 20)?;
-    Ok((wrong > 0).then(|| format!("{wrong} pages of {mib} MiB in {name}, of round {round}, have wrong bytes")))
-}
-
-/// In how many pages a copy of a file, which begins at `at`, is not like it.
-fn wrong_pages(source: &Path, copy: &Path, at: u64, bytes: u64) -> anyhow::Result<usize> {
-    let open = |path: &Path| File::open(path).with_context(|| format!("cannot read {}", path.display()));
-    let (mut source, copy) = (BufReader::new(open(source)?), open(copy)?);
-    let (mut want, mut is) = (vec![0; 1 << 20], vec![0; 1 << 20]);
-    let mut wrong = 0;
-    for done in (0..bytes).step_by(1 << 20) {
-        source.read_exact(&mut want)?;
-        copy.read_exact_at(&mut is, at + done)?;
-        wrong += want.chunks(4096).zip(is.chunks(4096)).filter(|(want, is)| want != is).count();
-    }
-    Ok(wrong)
+    data::wrong_bytes(name, round * (mib << 20), mib << 20)
 }
 
 /// The guest's counters, of the lines that its job wrote.

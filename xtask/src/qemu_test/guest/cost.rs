@@ -2,8 +2,9 @@
 
 use anyhow::Context as _;
 
-use super::bed::{Bed, Guest, NO_END, nothing};
+use super::bed::{Bed, Guest, NO_END};
 use super::files::E1000E;
+use crate::qemu_test::nothing;
 use crate::vm::Ended;
 
 /// The nvme's driver without and with tracking, in turn: reads of 128 KiB and of 4 KiB, in hundredths of a second. The first

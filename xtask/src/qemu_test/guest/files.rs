@@ -1,8 +1,8 @@
 //! Files and downloads have the right bytes, and the counters of both sides agree.
 
-use super::bed::{
-    Bed, Counters, DOWNLOAD, Guest, NO_END, ROUNDS, SOURCE, compare, nothing, of_server, wrong_download, wrong_read,
-};
+use super::bed::{Bed, Counters, DOWNLOAD, Guest, NO_END, ROUNDS, compare, of_server, wrong_download, wrong_read};
+use crate::qemu_test::data::SOURCE;
+use crate::qemu_test::nothing;
 
 /// In the first round every page is new, in the second some are; in the third, hardly one.
 const JOB: &str = "

@@ -5,8 +5,8 @@ use std::cell::{Cell, RefCell};
 use anyhow::ensure;
 
 use super::bed::{Bed, Guest};
-use super::driver;
 use super::files::E1000E;
+use crate::qemu_test::driver;
 use crate::vm::Answer;
 
 /// What the drivers get is what it brings upon them: I/O that fails, a device that is dead, and a system that does not end.

@@ -2,9 +2,8 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | [`driver`] | builds the driver for kernels, and programs of its tests |
 //! | [`server`] | a `coiommu serve`, and what it says |
-//! | [`bed`], `lib.sh` | what the scenes have in common: a guest, its devices, its data, its counters |
+//! | [`bed`] | what the scenes have in common: a guest, its devices, its counters |
 //! | [`view`] | a guest's table as the host reads it |
 //! | [`files`] | scene: files and downloads have the right bytes |
 //! | [`unpinning`] | scene: idle pages go, and never one that is mapped |
@@ -18,16 +17,15 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Context as _;
 use clap::ValueEnum;
 
+use super::driver;
 use crate::step;
-use crate::vm::tree::{KERNELS, SUITES};
-use crate::vm::{Choices, Claim, Emulator, Kernel, Tree, tools};
+use crate::vm::tree::KERNELS;
+use crate::vm::{Choices, Claim, Emulator, Tree, tools};
 
 mod bed;
 mod cost;
-mod driver;
 mod files;
 mod hostile;
 mod lives;
@@ -139,18 +137,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         .collect();
     let name = |(series, scene): (&str, Scene)| format!("{} on Linux {series}", scene.name());
     let ok = step::run_all(&all, name, |(series, scene)| {
-        let kernel = kernel(&tree, series)?;
+        let kernel = driver::kernel(&tree, series)?;
         let (claim, emulator, tree) = (&claim, &emulator, &tree);
         scene.play(&Bed { args, claim, emulator, tree, kernel, module: &modules[series], program: &program })
     });
     Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// The kernel that the tree has headers of.
-fn kernel(tree: &Tree, series: &str) -> anyhow::Result<Kernel> {
-    let version = tree.headers(series)?;
-    Kernel::of_version(&version, &SUITES)
-        .with_context(|| format!("Linux {version}, the headers' version (remove target/vm/trees for newer ones)"))
 }
 
 fn build_program() -> anyhow::Result<PathBuf> {

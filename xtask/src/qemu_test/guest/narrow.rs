@@ -2,8 +2,9 @@
 
 use anyhow::Context as _;
 
-use super::bed::{Bed, Counters, DOWNLOAD, Guest, NO_END, nothing, wrong_download};
+use super::bed::{Bed, Counters, DOWNLOAD, Guest, NO_END, wrong_download};
 use super::server::Server;
+use crate::qemu_test::nothing;
 
 /// The kernel takes memory from above 4 GiB first.
 const JOB: &str = "

@@ -11,9 +11,10 @@ use coiommu_dtt::Bdf;
 use coiommu_pci::{Bar, ConfigSpace, Device, DeviceConfig, Outcome};
 use coiommu_vfio_user::{Connection, DeviceInfo, Errno, Event, IrqInfo, Limits, Listener, RegionInfo, Request, pci};
 
-use super::bed::{Bed, Guest, nothing};
+use super::bed::{Bed, Guest};
 use super::files::E1000E;
 use super::server::device;
+use crate::qemu_test::nothing;
 use crate::vm::{Ended, FOLDER};
 
 /// Where the revision is in config space.

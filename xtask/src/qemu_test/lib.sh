@@ -46,6 +46,9 @@ mnt_up() {
     mount -t ext4 /dev/nvme0n1 /mnt
 }
 
+# Where load writes to.
+busy_file=/mnt/load
+
 has_carrier() { [ "$(cat /sys/class/net/eth0/carrier)" = 1 ]; }
 
 # The network, by a driver.
@@ -55,6 +58,11 @@ net_up() {
     ip link set dev eth0 up
     ip addr add 10.0.2.15/24 dev eth0
     await has_carrier
+}
+
+net_down() {
+    ip link set dev eth0 down
+    rmmod "$1"
 }
 
 # What the host has for us, to standard output.
@@ -79,10 +87,10 @@ forget() { echo 3 >/proc/sys/vm/drop_caches; }
 load() {
     touch /tmp/busy
     while [ -e /tmp/busy ]; do
-        dd if=/dev/vda of=/mnt/load bs=1M count=16 2>/dev/null || true
+        dd if=/dev/vda of=$busy_file bs=1M count=16 2>/dev/null || true
         sync
         forget
-        cat /mnt/load >/dev/null || true
+        head -c 16777216 $busy_file >/dev/null || true
     done &
     disk_load=$!
     while [ -e /tmp/busy ]; do

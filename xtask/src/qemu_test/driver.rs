@@ -1,4 +1,4 @@
-//! The guest's driver, built for the kernels that it is for; and what else guests run.
+//! The guest's driver, built for the kernels that it is for; those kernels, and what else guests run.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,15 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 
 use crate::step;
-use crate::vm::Tree;
+use crate::vm::tree::SUITES;
+use crate::vm::{Kernel, Tree};
+
+/// The kernel of a series that the tree has headers of.
+pub(super) fn kernel(tree: &Tree, series: &str) -> anyhow::Result<Kernel> {
+    let version = tree.headers(series)?;
+    Kernel::of_version(&version, &SUITES)
+        .with_context(|| format!("Linux {version}, the headers' version (remove target/vm/trees for newer ones)"))
+}
 
 /// Runs those of the driver's tests that need no kernel.
 pub(super) fn check(tree: &Tree) -> anyhow::Result<()> {
@@ -16,20 +24,29 @@ pub(super) fn check(tree: &Tree) -> anyhow::Result<()> {
     step::finish(tree.command("make").args(["-s", "-C", inside, "check"]), "make -C linux-guest check")
 }
 
-/// Builds the module for a kernel, with warnings as errors.
+/// Builds the driver's module for a kernel, with warnings as errors.
 pub(super) fn build_module(tree: &Tree, series: &str) -> anyhow::Result<PathBuf> {
+    build_in(tree, series, "linux-guest", "coiommu.ko")
+}
+
+/// Builds a module of the driver's tests.
+pub(super) fn build_test_module(tree: &Tree, series: &str, name: &str) -> anyhow::Result<PathBuf> {
+    build_in(tree, series, "linux-guest/tests", name)
+}
+
+fn build_in(tree: &Tree, series: &str, from: &str, name: &str) -> anyhow::Result<PathBuf> {
     let version = tree.headers(series)?;
-    let inside = format!("/build/{series}");
+    let inside = format!("/build/{series}/{from}");
     let folder = tree.path(&inside);
     if folder.exists() {
         fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
     }
-    copy_files(Path::new("linux-guest"), &folder)?;
+    copy_files(Path::new(from), &folder)?;
     let mut make = tree.command("make");
     make.args(["-s", "-C", &format!("/usr/src/linux-headers-{version}"), &format!("M={inside}")]);
     make.args(["W=1", "KCFLAGS=-Werror", "modules"]);
-    step::finish(&mut make, &format!("make modules for Linux {version}, warnings as errors"))?;
-    Ok(folder.join("coiommu.ko"))
+    step::finish(&mut make, &format!("make {name} for Linux {version}, warnings as errors"))?;
+    Ok(folder.join(name))
 }
 
 /// Builds a program of the driver's tests, with all that it needs in it.
