@@ -57,6 +57,9 @@ enum Ask {
         #[arg(last = true, value_name = "PROGRAM")]
         program: Vec<std::ffi::OsString>,
     },
+    /// Unmap all that is pinned behind the server's back, so that devices fault; for tests
+    #[cfg(feature = "test-hooks")]
+    Yank,
 }
 
 fn parse_number(text: &str) -> Result<u64, String> {
@@ -84,6 +87,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         Ask::Pins => {
             let pins: Vec<Pin> = client.ask(Command::Pins)?;
             if args.json { print_json(&pins) } else { print(&pins_table(&pins)) }
+        }
+        #[cfg(feature = "test-hooks")]
+        Ask::Yank => {
+            let ranges = client.ask(Command::Pins)?;
+            let bytes: u64 = client.ask(Command::Yank { ranges })?;
+            print(&format!("unmapped {bytes} bytes\n"))
         }
         Ask::Unpin { gpa, bytes, program } => unpin(&mut client, Pin { gpa: *gpa, bytes: *bytes }, program, args.json),
     }

@@ -6,6 +6,7 @@
 //! | [`guest`] | the guest's driver, and `coiommu serve` for a stock QEMU |
 //! | [`nested`] | devices passed through to guests of a stock QEMU, in a machine with an IOMMU |
 //! | [`driver`] | the guest's driver, built for kernels; and those kernels |
+//! | [`counters`] | the counters of both sides |
 //! | [`data`] | random bytes that guests copy |
 //! | `lib.sh` | what the jobs of guests have in common |
 
@@ -13,6 +14,7 @@ use std::process::ExitCode;
 
 use crate::vm::{Answer, Ended, FOLDER, console};
 
+mod counters;
 mod data;
 mod driver;
 mod guest;

@@ -10,6 +10,7 @@ use anyhow::{Context as _, ensure};
 use super::devices::{self, DOWNLOAD, NVME};
 use super::{Args, InnerAccel};
 use crate::qemu_test::{LIB, data, driver, judge};
+use crate::step;
 use crate::vm::{
     Answer, Claim, Emulator, Ended, FOLDER, Initramfs, Kernel, Machine, Tree, console, machine, machine::IN_NO_HURRY,
 };
@@ -32,6 +33,8 @@ pub(super) struct Bed<'a> {
     image: PathBuf,
     /// What inner guests start from.
     inner: [PathBuf; 2],
+    /// `coiommu`.
+    program: PathBuf,
 }
 
 impl<'a> Bed<'a> {
@@ -43,7 +46,7 @@ impl<'a> Bed<'a> {
         let image = kernel.unpack_image("outer-vmlinux")?;
         let inner_kernel = driver::kernel(tree, &args.series)?;
         let inner = [inner_kernel.unpack_image("inner-vmlinux")?, inner_initramfs(&inner_kernel, modules)?];
-        Ok(Self { args, claim, tree, kernel, image, inner })
+        Ok(Self { args, claim, tree, kernel, image, inner, program: build_program()? })
     }
 
     /// Boots the outer VM for a job, which comes after `outer.sh`, and waits until it is off. Its devices are an nvme (slot 03 of
@@ -83,6 +86,7 @@ impl<'a> Bed<'a> {
         let initramfs = Initramfs::new(&self.kernel, &["virtio_blk", "vfio_iommu_type1", "vfio-pci"], &job)?;
         self.kernel.install_modules(&["kvm_amd", "kvm_intel"], initramfs.root())?;
         let [vmlinux, inner] = &self.inner;
+        initramfs.add(&self.program, "bin/coiommu")?;
         Emulator::install(self.tree, initramfs.root())?;
         fs::copy(vmlinux, initramfs.root().join("qemu/vmlinux"))?;
         fs::copy(inner, initramfs.root().join("qemu/inner.cpio"))?;
@@ -105,6 +109,17 @@ impl<'a> Bed<'a> {
         );
         Ok(())
     }
+}
+
+/// `coiommu`, as one program that needs no library, with what only tests may do.
+fn build_program() -> anyhow::Result<PathBuf> {
+    // A target that is named, so that build scripts and macros, which run in the compiler, are built as always.
+    const LINE: &str = "cargo build --release --locked -p coiommu-cli --features test-hooks \
+                        --target x86_64-unknown-linux-gnu";
+    let mut command = step::command(LINE);
+    command.env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=debuginfo").env_remove("CARGO_ENCODED_RUSTFLAGS");
+    step::finish(&mut command, LINE)?;
+    Ok(Path::new("target/x86_64-unknown-linux-gnu/release/coiommu").canonicalize()?)
 }
 
 /// Where the consoles of inner guests are kept.

@@ -6,6 +6,7 @@
 //! | [`devices`] | those devices, and whether they have done what they should |
 //! | `outer.sh` | what the jobs of the outer VM have in common: it starts guests, and tells them what to do |
 //! | `inner.sh` | the job of inner guests: they do what they are told |
+//! | [`io`] | scene: all bytes are right, with every kind of interrupt and no fault |
 //! | [`plain`] | scene: devices given to a guest as QEMU does it by itself |
 
 use std::process::ExitCode;
@@ -18,6 +19,7 @@ use crate::vm::{Choices, Claim, Tree, tools};
 
 mod bed;
 mod devices;
+mod io;
 mod plain;
 
 use bed::Bed;
@@ -68,16 +70,19 @@ enum InnerAccel {
 /// In the order in which they are played.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 enum Scene {
+    /// All bytes are right, with every kind of interrupt and no fault; then one on purpose
+    Io,
     /// The bed itself: devices given to a guest by QEMU alone, which pins all memory
     Plain,
 }
 
 impl Scene {
     /// What the gate plays.
-    const GATE: [Self; 1] = [Self::Plain];
+    const GATE: [Self; 1] = [Self::Io];
 
     fn play(self, bed: &Bed<'_>) -> anyhow::Result<()> {
         match self {
+            Self::Io => io::run(bed),
             Self::Plain => plain::run(bed),
         }
     }

@@ -6,47 +6,93 @@ case $accel in
     kvm*) modprobe kvm_amd 2>/dev/null || modprobe kvm_intel ;;
 esac
 
+# The devices, by their slots on bus 0, here and in guests: the kernel's VFIO has them.
+slots='03 05 06 07'
+for slot in $slots; do
+    echo vfio-pci >/sys/bus/pci/devices/0000:00:$slot.0/driver_override
+    echo 0000:00:$slot.0 >/sys/bus/pci/drivers_probe
+done
+
+# Of guests, in MiB.
+memory=512
+
 # By which guests have an IOMMU that remaps interrupts, which several vectors of MSI take, and that does no more.
 remapped="-machine kernel-irqchip=split -device intel-iommu,intremap=on,caching-mode=on,aw-bits=39"
 append="$append intel_iommu=off"
 
-# The options of a guest's QEMU by which it has the devices at these slots, as the kernel's VFIO gives them.
+# Waits until a command succeeds.
+await() {
+    for n in $(seq 600); do
+        if "$@" 2>/dev/null; then return; fi
+        sleep 0.1
+    done
+    echo "waited in vain: $*"
+    return 1
+}
+
+# Starts a program, whose process is $pid, and says what it has ended with.
+run() {
+    name=$1
+    shift
+    rm -f /tmp/$name.pid
+    (
+        status=0
+        sh -c 'echo $$ >/tmp/'$name'.pid; exec "$@"' sh "$@" || status=$?
+        echo "$name: exit $status"
+        # Who waits for a line of its guest's is told, too.
+        if [ $name = qemu ]; then echo "qemu: exit $status" >&4; fi
+    ) &
+    await test -s /tmp/$name.pid
+    pid=$(cat /tmp/$name.pid)
+}
+
+# Options of QEMU: the devices as it passes them through by itself.
 plain() {
-    for slot in "$@"; do
+    for slot in $slots; do
         echo "-device vfio-pci,host=0000:00:$slot.0,addr=$slot.0"
     done
 }
 
-# Gives the devices at these slots to VFIO.
-give() {
-    for slot in "$@"; do
-        echo vfio-pci >/sys/bus/pci/devices/0000:00:$slot.0/driver_override
-        echo 0000:00:$slot.0 >/sys/bus/pci/drivers_probe
+# Options of QEMU: the devices as the server passes them through, and CoIOMMU's.
+tracked() {
+    echo "-object memory-backend-memfd,id=ram,size=${memory}M,share=on -machine memory-backend=ram"
+    for slot in 08 $slots; do
+        echo "-device {\"driver\":\"vfio-user-pci\",\"socket\":{\"path\":\"/tmp/$slot.sock\",\"type\":\"unix\"},\"addr\":\"$slot.0\"}"
     done
 }
 
-# Starts a guest with so many MiB and these options of QEMU: it does not wait until the guest is up.
+# Starts a server for the devices, with these options.
+serve() {
+    devices=
+    for slot in $slots; do
+        devices="$devices --passthrough host=0000:00:$slot.0,guest=00:$slot.0,socket=/tmp/$slot.sock"
+    done
+    run server coiommu serve --socket /tmp/08.sock --control /tmp/ctl --vcpus 2 $devices "$@"
+    server=$pid
+    await listens
+}
+
+listens() { coiommu ctl --control /tmp/ctl stats 2>&1 | grep -q 'no VMM'; }
+
+# Says the server's figures.
+figures() { echo "server $(coiommu ctl --control /tmp/ctl --json stats | tr -d '\n')"; }
+
+# Starts a guest, with these options of QEMU: it is not waited for.
 start() {
-    memory=$1
-    shift
     rm -f /tmp/job.in /tmp/job.out
     mkfifo /tmp/job.in /tmp/job.out
     # Both ways, so that neither end waits for the other.
     exec 4<>/tmp/job.out 5<>/tmp/job.in
     echo "a guest with $memory MiB: $*" >/dev/port-inner
-    (
-        status=0
-        sh -c 'echo $$ >/tmp/qemu.pid; exec "$@"' sh \
-            /qemu/lib/ld-linux-x86-64.so.2 --library-path /qemu/lib /qemu/qemu-system-x86_64 -L /qemu/share \
-            -M q35 -accel $accel -smp 2 -m $memory -nodefaults -display none \
-            -chardev file,id=console,path=/dev/port-inner,append=on -serial chardev:console \
-            -chardev pipe,id=job,path=/tmp/job \
-            -device virtio-serial-pci,addr=10.0 -device virtserialport,chardev=job,name=job \
-            -drive if=none,id=source,format=raw,file=/dev/vda,readonly=on \
-            -device virtio-blk-pci,drive=source,addr=11.0 \
-            -kernel /qemu/vmlinux -initrd /qemu/inner.cpio -append "$append" "$@" || status=$?
-        echo "qemu: exit $status" >&4
-    ) &
+    run qemu /qemu/lib/ld-linux-x86-64.so.2 --library-path /qemu/lib /qemu/qemu-system-x86_64 -L /qemu/share \
+        -M q35 -accel $accel -smp 2 -m $memory -nodefaults -display none \
+        -chardev file,id=console,path=/dev/port-inner,append=on -serial chardev:console \
+        -chardev pipe,id=job,path=/tmp/job \
+        -device virtio-serial-pci,addr=10.0 -device virtserialport,chardev=job,name=job \
+        -drive if=none,id=source,format=raw,file=/dev/vda,readonly=on \
+        -device virtio-blk-pci,drive=source,addr=11.0 \
+        -kernel /qemu/vmlinux -initrd /qemu/inner.cpio -append "$append" "$@"
+    qemu=$pid
 }
 
 # Waits for a line of the guest's that begins like this, and prints what comes before it.

@@ -5,8 +5,7 @@ use super::devices::{self, Interrupts};
 use crate::qemu_test::nothing;
 
 const JOB: &str = "
-give 03 05 06 07
-start 512 $remapped $(plain 03 05 06 07)
+start $remapped $(plain)
 up
 inner use_nvme
 inner use_net e1000e
