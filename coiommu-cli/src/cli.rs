@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::{ctl, doctor, replay, serve, top};
+use crate::{ctl, doctor, man, replay, serve, top};
 
 /// Pass devices through to VMs without pinning all of their memory.
 #[derive(Debug, Parser)]
@@ -29,12 +29,7 @@ enum Command {
         /// The shell
         shell: Shell,
     },
-    /// Print a man page
-    #[command(after_help = "Examples:\n  coiommu man | man -l -\n  coiommu man replay > coiommu-replay.1")]
-    Man {
-        /// The subcommand that the page is of; without one, the program
-        subcommand: Option<String>,
-    },
+    Man(man::Args),
 }
 
 /// Runs the program with the arguments of this process.
@@ -51,7 +46,7 @@ pub fn main() -> ExitCode {
             clap_complete::generate(shell, &mut Cli::command(), "coiommu", &mut script);
             io::stdout().write_all(&script).map_err(Into::into)
         }
-        Command::Man { subcommand } => man(subcommand.as_deref()),
+        Command::Man(args) => man::run(&args, Cli::command()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -68,25 +63,6 @@ pub fn main() -> ExitCode {
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let mut causes = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
     causes.any(|error| error.kind() == io::ErrorKind::BrokenPipe)
-}
-
-fn man(subcommand: Option<&str>) -> anyhow::Result<()> {
-    let mut program = Cli::command();
-    program.build();
-    let command = match subcommand {
-        None => program,
-        Some(name) => match program.find_subcommand(name) {
-            Some(command) => command.clone(),
-            None => {
-                program.error(clap::error::ErrorKind::InvalidValue, format!("there is no subcommand '{name}'")).exit()
-            }
-        },
-    };
-    let name = command.get_display_name().unwrap_or(command.get_name()).to_owned();
-    let mut page = Vec::new();
-    clap_mangen::Man::new(command).title(name).render(&mut page)?;
-    io::stdout().write_all(&page)?;
-    Ok(())
 }
 
 #[cfg(test)]

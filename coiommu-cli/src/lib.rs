@@ -10,6 +10,7 @@
 //! | [`ctl`], [`top`] | asking a server, and watching it |
 //! | `control` | what is said on a control socket |
 //! | [`doctor`] | `coiommu doctor`: whether this host can do it, and what to change |
+//! | `man` | manual pages |
 //! | [`replay`] | `coiommu replay`, and its stack: guest, pinner, IOMMU in virtual time |
 //! | [`trace`] | reading the text of the kernel's dma events, from anywhere |
 //! | `host_bdf`, `units` | what people write and read: a device of the host, amounts |
@@ -19,6 +20,7 @@ mod control;
 pub mod ctl;
 pub mod doctor;
 mod host_bdf;
+mod man;
 pub mod replay;
 pub mod serve;
 pub mod top;

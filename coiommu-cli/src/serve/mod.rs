@@ -12,6 +12,7 @@
 //! | `metrics.rs` | Prometheus text |
 //! | `http.rs` | how it is asked for |
 //! | `limits.rs` | how many files may be open |
+//! | `manager.rs` | what the service manager is told |
 //! | `logging.rs` | where logs go, and that a guest cannot fill them |
 
 use std::num::NonZeroUsize;
@@ -33,6 +34,7 @@ mod guest;
 mod http;
 mod limits;
 mod logging;
+mod manager;
 mod metrics;
 pub(crate) mod passthrough;
 mod ram;
@@ -227,6 +229,7 @@ fn serve_all(args: &Args) -> anyhow::Result<()> {
     let _control = args.control.as_deref().map(|path| control::listen(path, &watch)).transpose()?;
     let _metrics = args.metrics.as_ref().map(|place| metrics::listen(place, &watch)).transpose()?;
     tracing::info!("waiting for a VMM at {}", args.socket.display());
+    manager::ready();
     loop {
         match (serve_vmm(&config, &host, &sockets, &stop, &watch), args.persist) {
             (Ok(Ended::Gone | Ended::Nobody), true) => tracing::info!("waiting for the next VMM"),

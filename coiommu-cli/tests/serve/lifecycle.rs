@@ -3,7 +3,7 @@
 use std::fs::{self, Permissions};
 use std::io::{Read, Write, pipe};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::Stdio;
 
 use rustix::process::{Resource, Rlimit, Signal, prlimit};
@@ -11,8 +11,8 @@ use rustix::process::{Resource, Rlimit, Signal, prlimit};
 use crate::common::{coiommu, finish, run};
 use crate::guest::{COMMAND, Command, Guest, HIGH};
 use crate::server::{Server, names_in};
-use crate::wait_for;
 use crate::wire::{BAR0, CONFIG, REGION_READ, message, posted_write, u32s, u64s};
+use crate::{PATIENCE, wait_for};
 
 #[test]
 fn wrong_arguments_end_with_2() {
@@ -69,6 +69,22 @@ fn only_its_user_can_connect() {
         assert!(metadata.file_type().is_socket(), "{name}");
         assert_eq!(metadata.mode() & 0o777, 0o600, "{name}");
     }
+    server.signal(Signal::TERM);
+    server.end().assert_well();
+}
+
+#[test]
+fn a_service_manager_is_told_when_a_vmm_may_come() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = UnixDatagram::bind(folder.path().join("manager")).unwrap();
+    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    let server = Server::launch_under(&folder.path().join("manager"));
+    let mut message = [0; 100];
+    let length = manager.recv(&mut message).unwrap();
+    assert_eq!(message[..length], *b"READY=1\n");
+    // Not sooner.
+    drop(server.visit());
+    drop(server.control());
     server.signal(Signal::TERM);
     server.end().assert_well();
 }

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -54,14 +54,27 @@ impl Server {
     }
 
     pub(crate) fn launch_with(folder: TempDir, options: &[&str], stderr: Stdio) -> Self {
+        let child = Self::command(&folder, options).stderr(stderr).spawn().unwrap();
+        Self { folder, child }
+    }
+
+    /// Starts one for a service manager, which listens at a socket.
+    pub(crate) fn launch_under(manager: &Path) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let log = File::create(folder.path().join("log")).unwrap();
+        let child = Self::command(&folder, &[]).env("NOTIFY_SOCKET", manager).stderr(log).spawn().unwrap();
+        Self { folder, child }
+    }
+
+    fn command(folder: &TempDir, options: &[&str]) -> Command {
         let at = folder.path().to_str().unwrap().to_owned();
         let mut command = coiommu(["serve", "--vcpus", &VCPUS.to_string()]);
         command.args(["--endpoint", "00:03.0", "--endpoint", "01:02.1"]);
         command.arg("--socket").arg(folder.path().join("vm.sock"));
         command.arg("--control").arg(folder.path().join("vm.ctl"));
         command.args(options.iter().map(|option| option.replace("{}", &at)));
-        command.env_remove("RUST_LOG").stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
-        Self { folder, child: command.spawn().unwrap() }
+        command.env_remove("RUST_LOG").env_remove("NOTIFY_SOCKET").stdin(Stdio::null()).stdout(Stdio::null());
+        command
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
