@@ -95,7 +95,7 @@ mod tests {
 
     #[test]
     fn tables_may_be_in_two_bars() {
-        let config = config(&[(0x40, &[0x11, 0, 0xff, 0x87, 4, 0, 0, 0, 5, 0xf0, 0xff, 0xff])]);
+        let config = config(&[(0x40, &[0x11, 0, 0xff, 0xff, 4, 0, 0, 0, 5, 0xf0, 0xff, 0xff])]);
         let tables = Config(&config).msix_tables();
         assert_eq!(tables, Some([(4, 0..0x8000), (5, 0xffff_f000..0xffff_f100)]));
     }

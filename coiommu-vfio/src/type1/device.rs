@@ -152,8 +152,8 @@ impl Device {
         place.ok_or_else(|| Errno::INVAL.into())
     }
 
-    /// Remembers how many messages a guest wants, as VFIO does not: it has the field say how many there are, which are none
-    /// until MSI is enabled.
+    /// Remembers how many messages a guest wants, as VFIO does not: it cuts the field down to what MSI was enabled with the
+    /// last time, and before the first time to one message.
     fn note_msi(&self, offset: u64, data: &[u8]) {
         let byte = self.msi_control.and_then(|at| usize::try_from(at.checked_sub(offset)?).ok());
         if let Some(&control) = byte.and_then(|byte| data.get(byte)) {

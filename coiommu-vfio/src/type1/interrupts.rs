@@ -3,6 +3,20 @@
 //! Interrupts come in kinds, each with an index: [`INTX`], [`MSI`], [`MSIX`], [`ERR`] and [`REQ`]. The kernel enables a kind
 //! with the first eventfds that it is given, and for most with no more interrupts than that, for good; VMMs give eventfds in
 //! pieces, and the first piece may well have none. [`Interrupts`] stands between: pieces may come in any order.
+//!
+//! ```no_run
+//! use coiommu_vfio::Type1;
+//! use coiommu_vfio::type1::Interrupts;
+//! use coiommu_vfio::type1::interrupts::MSIX;
+//!
+//! # fn eventfd() -> std::os::fd::OwnedFd { unimplemented!() }
+//! let container = Type1::open(["0000:03:00.0"])?;
+//! let mut interrupts = Interrupts::new(container.devices()[0].clone())?;
+//! // As QEMU begins; then what its guest uses, as it comes to it.
+//! interrupts.assign(MSIX, 0, vec![None])?;
+//! interrupts.assign(MSIX, 4, vec![Some(eventfd()), Some(eventfd())])?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod error;
 mod table;
@@ -11,7 +25,7 @@ mod table;
 mod tests;
 
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -22,7 +36,7 @@ use vfio_bindings::bindings::vfio::{
 use super::device::{Device, cut_short};
 use super::info;
 use super::sys::{self, IrqData};
-use table::{Data, Kernel, Table};
+use table::{Kernel, Table};
 
 pub use error::InterruptError;
 
@@ -63,7 +77,8 @@ pub enum Action {
     Trigger,
 }
 
-/// The interrupts of a device, and the eventfds that they signal: nobody else assigns any as long.
+/// The interrupts of a device, and the eventfds that they signal, which it keeps open: a device may have thousands. Nobody else
+/// assigns any as long.
 ///
 /// When it is dropped, none signals any more.
 #[derive(Debug)]
@@ -91,6 +106,9 @@ impl Interrupts {
     }
 
     /// Gives interrupts from `start` on the eventfds to signal, `None` to signal nothing. With the first, the kind is enabled.
+    ///
+    /// MSI is enabled with as many messages as were asked for in config space, through [`Device::write`], or as `eventfds`
+    /// needs; other kinds that cannot grow with all there are.
     ///
     /// If it fails, everything is as it was before.
     ///
@@ -129,7 +147,7 @@ impl Interrupts {
     /// # Errors
     ///
     /// [`InterruptError`]: there are not so many, there are none to do it to, or `only` has another length (EINVAL); the kernel
-    /// says EINVAL if the kind is not enabled, and ENOTTY if it cannot do that to this kind.
+    /// says EINVAL if the kind is not enabled (Linux 6.1: or not with so many), and ENOTTY if it cannot do that to it.
     pub fn act(
         &self,
         index: u32,
@@ -196,21 +214,12 @@ fn info_of(device: &Device, index: u32) -> io::Result<InterruptInfo> {
 struct Ioctl(Arc<Device>);
 
 impl Kernel<OwnedFd> for Ioctl {
-    fn send(&self, index: u32, action: Action, start: u32, data: Data<'_, OwnedFd>) -> io::Result<u32> {
+    fn send(&self, index: u32, action: Action, start: u32, data: IrqData<'_, OwnedFd>) -> io::Result<u32> {
         let action = match action {
             Action::Mask => VFIO_IRQ_SET_ACTION_MASK,
             Action::Unmask => VFIO_IRQ_SET_ACTION_UNMASK,
             Action::Trigger => VFIO_IRQ_SET_ACTION_TRIGGER,
         };
-        let send = |data| sys::set_irqs(self.0.as_fd(), action, index, start, data);
-        let sent = match data {
-            Data::None(count) => send(IrqData::None(count)),
-            Data::Bools(bools) => send(IrqData::Bools(bools)),
-            Data::Eventfds(fds) => {
-                let fds: Vec<Option<BorrowedFd<'_>>> = fds.iter().map(|fd| fd.map(|fd| fd.as_fd())).collect();
-                send(IrqData::Eventfds(&fds))
-            }
-        };
-        Ok(sent?)
+        Ok(sys::set_irqs(self.0.as_fd(), action, index, start, &data)?)
     }
 }

@@ -11,7 +11,7 @@
 use std::ffi::c_ulong;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_IRQ_SET_DATA_BOOL,
@@ -140,33 +140,33 @@ fn ask<const N: usize>(file: BorrowedFd<'_>, request: c_ulong, question: [u32; N
     }
 }
 
-/// What a message about interrupts brings for each of them.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum IrqData<'a> {
-    /// Nothing, to so many.
+/// What a message about interrupts says of each of them.
+#[derive(Debug)]
+pub(super) enum IrqData<'a, F> {
+    /// Nothing, of so many. To trigger none disables the kind.
     None(u32),
     /// Whether it is meant.
     Bools(&'a [bool]),
     /// An eventfd, or that there is none.
-    Eventfds(&'a [Option<BorrowedFd<'a>>]),
+    Eventfds(&'a [Option<&'a F>]),
 }
 
 /// Sends a message about interrupts of a kind, from `start` on; `action` is one of VFIO_IRQ_SET_ACTION. A positive number:
 /// it cannot have so many, but that many.
-pub(super) fn set_irqs(
+pub(super) fn set_irqs<F: AsFd>(
     device: BorrowedFd<'_>,
     action: u32,
     index: u32,
     start: u32,
-    data: IrqData<'_>,
+    data: &IrqData<'_, F>,
 ) -> Result<u32, Errno> {
     const NO_EVENTFD: RawFd = -1;
     let too_long = |_| Errno::new(rustix::io::Errno::OVERFLOW.raw_os_error());
-    let (kind, count, data): (u32, usize, Vec<u8>) = match data {
+    let (kind, count, data): (u32, usize, Vec<u8>) = match *data {
         IrqData::None(count) => (VFIO_IRQ_SET_DATA_NONE, count as usize, Vec::new()),
         IrqData::Bools(bools) => (VFIO_IRQ_SET_DATA_BOOL, bools.len(), bools.iter().map(|&is| u8::from(is)).collect()),
         IrqData::Eventfds(fds) => {
-            let numbers = fds.iter().map(|fd| fd.map_or(NO_EVENTFD, |fd| fd.as_raw_fd()));
+            let numbers = fds.iter().map(|fd| fd.map_or(NO_EVENTFD, |fd| fd.as_fd().as_raw_fd()));
             (VFIO_IRQ_SET_DATA_EVENTFD, fds.len(), numbers.flat_map(RawFd::to_ne_bytes).collect())
         }
     };

@@ -10,23 +10,13 @@ use rustix::io::Errno;
 
 use super::error::{InterruptError, name};
 use super::{Action, ERR, InterruptInfo, REQ};
+use crate::type1::sys::IrqData;
 
 /// Who is told: the kernel, or a model of it.
 pub(super) trait Kernel<F> {
     /// Says what to do, with interrupts from `start` on. A positive number: there are not so many to be had, but that many, and
     /// nothing was done.
-    fn send(&self, index: u32, action: Action, start: u32, data: Data<'_, F>) -> io::Result<u32>;
-}
-
-/// What is said of each interrupt.
-#[derive(Debug)]
-pub(super) enum Data<'a, F> {
-    /// Nothing, of so many. To trigger none disables the kind.
-    None(u32),
-    /// Whether it is meant.
-    Bools(&'a [bool]),
-    /// An eventfd, or that there is none.
-    Eventfds(&'a [Option<&'a F>]),
+    fn send(&self, index: u32, action: Action, start: u32, data: IrqData<'_, F>) -> io::Result<u32>;
 }
 
 /// A kind of interrupt.
@@ -88,7 +78,7 @@ impl<F> Table<F> {
         all.resize_with(start as usize, || None);
         all.extend(eventfds);
         all.resize_with(number, || None);
-        self.send(kernel, Action::Trigger, 0, Data::Eventfds(&borrowed(&all)))?;
+        self.send(kernel, Action::Trigger, 0, IrqData::Eventfds(&borrowed(&all)))?;
         self.enabled = Some(all);
         Ok(())
     }
@@ -100,7 +90,7 @@ impl<F> Table<F> {
         end: usize,
         eventfds: Vec<Option<F>>,
     ) -> Result<(), InterruptError> {
-        let sent = self.send(kernel, Action::Trigger, start, Data::Eventfds(&borrowed(&eventfds)));
+        let sent = self.send(kernel, Action::Trigger, start, IrqData::Eventfds(&borrowed(&eventfds)));
         if sent.is_err() {
             self.give_back(kernel, start, end);
             return sent;
@@ -113,7 +103,7 @@ impl<F> Table<F> {
     fn give_back(&mut self, kernel: &impl Kernel<F>, start: u32, end: usize) {
         let enabled = self.enabled.as_deref().unwrap_or_default();
         let before: Vec<_> = (start as usize..end).map(|n| enabled.get(n).and_then(Option::as_ref)).collect();
-        if let Err(error) = self.send(kernel, Action::Trigger, start, Data::Eventfds(&before)) {
+        if let Err(error) = self.send(kernel, Action::Trigger, start, IrqData::Eventfds(&before)) {
             log::error!("interrupts of the kind {} are lost, from {start} up to {end}: {error}", name(self.index));
             let lost = self.enabled.iter_mut().flatten().take(end).skip(start as usize);
             lost.for_each(|slot| *slot = None);
@@ -129,7 +119,7 @@ impl<F> Table<F> {
         eventfds: Vec<Option<F>>,
     ) -> Result<(), InterruptError> {
         self.end(start, eventfds.len())?;
-        let send = |eventfds: &[Option<&F>]| self.send(kernel, Action::Unmask, start, Data::Eventfds(eventfds));
+        let send = |eventfds: &[Option<&F>]| self.send(kernel, Action::Unmask, start, IrqData::Eventfds(eventfds));
         match send(&borrowed(&eventfds)) {
             // The one before is not let go yet.
             Err(error) if error.errno() == Errno::BUSY.raw_os_error() => {
@@ -152,8 +142,8 @@ impl<F> Table<F> {
         let number = count as usize;
         self.end(start, number)?;
         let data = match only {
-            None => Data::None(count),
-            Some(bools) if bools.len() == number => Data::Bools(bools),
+            None => IrqData::None(count),
+            Some(bools) if bools.len() == number => IrqData::Bools(bools),
             Some(bools) => {
                 return Err(InterruptError::Malformed { index: self.index, number, said: bools.len() });
             }
@@ -167,7 +157,7 @@ impl<F> Table<F> {
             return Ok(());
         }
         // These two are not enabled, they have an eventfd or none; the kernel refuses to disable what has none.
-        let data = if matches!(self.index, ERR | REQ) { Data::Eventfds(&[None]) } else { Data::None(0) };
+        let data = if matches!(self.index, ERR | REQ) { IrqData::Eventfds(&[None]) } else { IrqData::None(0) };
         self.send(kernel, Action::Trigger, 0, data)?;
         self.enabled = None;
         Ok(())
@@ -188,9 +178,9 @@ impl<F> Table<F> {
         kernel: &impl Kernel<F>,
         action: Action,
         start: u32,
-        data: Data<'_, F>,
+        data: IrqData<'_, F>,
     ) -> Result<(), InterruptError> {
-        let wanted = start as usize + data.len();
+        let wanted = start as usize + number_in(&data);
         match kernel.send(self.index, action, start, data)? {
             0 => Ok(()),
             available => Err(InterruptError::TooFew { index: self.index, wanted, available }),
@@ -198,13 +188,12 @@ impl<F> Table<F> {
     }
 }
 
-impl<F> Data<'_, F> {
-    fn len(&self) -> usize {
-        match *self {
-            Data::None(count) => count as usize,
-            Data::Bools(bools) => bools.len(),
-            Data::Eventfds(eventfds) => eventfds.len(),
-        }
+/// Of how many interrupts something is said.
+fn number_in<F>(data: &IrqData<'_, F>) -> usize {
+    match *data {
+        IrqData::None(count) => count as usize,
+        IrqData::Bools(bools) => bools.len(),
+        IrqData::Eventfds(eventfds) => eventfds.len(),
     }
 }
 
