@@ -73,7 +73,7 @@ impl Passthrough {
         }
         let Some(container) = open_when_free(arguments, stop)? else { return Ok(None) };
         let device = |argument: &DeviceArgument| {
-            let found = container.devices().iter().find(|device| device.address() == argument.host);
+            let found = container.devices().iter().find(|device| device.address() == argument.host.as_str());
             let found = found.with_context(|| format!("{} is not in its container", argument.host))?;
             Ok((Arc::clone(found), argument.clone()))
         };
@@ -122,7 +122,7 @@ pub(crate) fn listen(arguments: &[DeviceArgument]) -> anyhow::Result<Vec<Listene
 fn open_when_free(arguments: &[DeviceArgument], stop: &Stop) -> anyhow::Result<Option<Type1>> {
     let mut said = String::new();
     loop {
-        match Type1::open(arguments.iter().map(|argument| &argument.host)) {
+        match Type1::open(arguments.iter().map(|argument| argument.host.as_str())) {
             Ok(container) => return Ok(Some(container)),
             Err(error @ OpenError::Busy { .. }) => {
                 let says = error.to_string();
