@@ -93,7 +93,7 @@ impl<'a> Guest<'a> {
     }
 
     /// RAM comes or goes, as the VMM says.
-    fn change_ram(
+    pub(super) fn change_ram(
         &mut self,
         change: impl FnOnce(&mut Ram, &Pinner<Space>) -> Result<(), RamError>,
     ) -> Result<(), Errno> {

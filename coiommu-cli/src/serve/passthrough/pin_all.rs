@@ -177,3 +177,6 @@ fn remedy(error: &PinAllError) -> &'static str {
         _ => "dmesg may say why",
     }
 }
+
+#[cfg(test)]
+mod tests;
