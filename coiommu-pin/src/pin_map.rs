@@ -2,8 +2,8 @@
 //! gets in here.
 //!
 //! Guest memory is cut into blocks of 512 pages. Each region of RAM has [`Books`] of its blocks, made eight at a time when
-//! a page in them is first asked for or to be unpinned on demand, and gone with the region; a block that two regions share has a part in the books of
-//! each. A block's lock protects its [`Block`], and with it every change of the mappings of its pages and every PINNED
+//! a page in them is first asked for or to be unpinned on demand, and gone with the region; a block that two regions share
+//! has a part in the books of each. A block's lock protects its [`Block`], and with it every change of the mappings of its pages and every PINNED
 //! bit the host sets or clears there. With it may be taken: the list of holds, whatever the mapper locks. Nobody waits for
 //! the guest, for a park to end or for another block while holding one.
 

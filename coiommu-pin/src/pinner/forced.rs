@@ -40,8 +40,8 @@ pub struct UnpinReport {
     pub released: u64,
     /// Pages that were not pinned.
     pub not_pinned: u64,
-    /// Pages that stay pinned: in use, in an extent with one in use, [kept](Pinner::keep_all), or the IOMMU refused. Also pages that were pinned when
-    /// their RAM went, and will be again when it returns, and pages of which it cannot be told in time.
+    /// Pages that stay pinned: in use, in an extent with one in use, [kept](Pinner::keep_all), or the IOMMU refused. Also pages
+    /// that were pinned when their RAM went, and will be again when it returns, and pages of which it cannot be told in time.
     pub busy: u64,
     /// Pages that stay pinned because the guest has parked unpinning.
     pub parked: u64,
