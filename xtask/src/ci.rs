@@ -33,6 +33,8 @@ enum Step {
     /// coiommu-dtt builds without std
     #[value(name = "no_std")]
     NoStd,
+    /// Licences, duplicates and origins of all dependencies
+    Deny,
     /// No warning from clippy
     Clippy,
     /// The test command in README.md
@@ -43,6 +45,8 @@ enum Step {
     Doc,
     /// The libraries can be packaged, each built from its package
     Package,
+    /// The package that users unpack is made, not optimised, and is what it should be
+    Dist,
     /// All models, in the model checker
     Loom,
     /// The unsafe code and what uses it, in Miri: few cases of each property
@@ -90,11 +94,13 @@ impl Step {
             Self::Fmt => step::run("cargo fmt --all --check"),
             Self::Hygiene => hygiene(),
             Self::NoStd => no_std(),
+            Self::Deny => step::run("cargo xtask deny"),
             Self::Clippy => clippy(),
             Self::Test => test(),
             Self::Msrv => msrv(),
             Self::Doc => doc(),
             Self::Package => package(),
+            Self::Dist => step::run("cargo xtask dist --quick"),
             Self::Loom => step::run("cargo xtask loom"),
             Self::Miri => step::run("cargo xtask miri --quick"),
             Self::Fuzz => step::run("cargo xtask fuzz --all --seconds 30"),

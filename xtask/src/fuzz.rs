@@ -11,6 +11,8 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use clap::builder::PossibleValuesParser;
 
+use crate::files::{files, make_empty};
+use crate::tools::Tool;
 use crate::{nightly, step};
 
 /// Fuzz a target (or all), from its corpus; fails if there is a finding
@@ -30,7 +32,7 @@ pub(crate) struct Args {
     list: bool,
 }
 
-const CARGO_FUZZ: &str = "0.13.2";
+const CARGO_FUZZ: Tool = Tool { name: "cargo-fuzz", version: "0.13.2", options: "" };
 /// Where targets are built and run; corpora in the tree are read only.
 const WORK: &str = "target/fuzz";
 
@@ -112,7 +114,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     nightly::install(&[])?;
-    let cargo_fuzz = nightly::tool("cargo-fuzz", CARGO_FUZZ)?;
+    let cargo_fuzz = CARGO_FUZZ.program()?;
     let targets: Vec<_> = TARGETS.into_iter().filter(|t| args.all || args.target.as_deref() == Some(t.name)).collect();
     let ok = step::run_all(&targets, |target| target.name.to_owned(), |target| target.fuzz(&cargo_fuzz, args.seconds));
     Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -183,22 +185,6 @@ impl Target {
         }
         Ok(to)
     }
-}
-
-/// Makes a folder, or empties it.
-fn make_empty(folder: &Path) -> anyhow::Result<()> {
-    if folder.exists() {
-        fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
-    }
-    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))
-}
-
-/// The files of a folder, in order.
-fn files(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(folder).with_context(|| format!("cannot look into {}", folder.display()))?;
-    let mut files = entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>()?;
-    files.sort();
-    Ok(files)
 }
 
 /// What libFuzzer says of a run.

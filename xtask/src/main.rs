@@ -2,6 +2,9 @@
 
 mod bench_check;
 mod ci;
+mod deny;
+mod dist;
+mod files;
 mod fuzz;
 mod loom;
 mod miri;
@@ -10,6 +13,7 @@ mod paths;
 mod qemu_test;
 mod record_trace;
 mod step;
+mod tools;
 mod tsan;
 mod vm;
 
@@ -28,16 +32,19 @@ use clap::Parser;
   cargo xtask ci                everything that must hold before a merge
   cargo xtask ci fmt clippy     two steps of it
   cargo xtask ci --list         the steps, in the order they run
+  cargo xtask deny              licences, duplicates and origins of all dependencies
   cargo xtask loom              the models of tests/loom, in the model checker
   cargo xtask loom forced::     those with that in their name
   cargo xtask miri --quick      the tests that Miri can run, few cases of each
   cargo xtask tsan              the pinner's stress test under ThreadSanitizer
   cargo xtask fuzz --all        each fuzz target for a minute
   cargo xtask bench-check       how fast the pinner is beside others
-  cargo xtask qemu-test vfio    coiommu-vfio on a real kernel's VFIO, in a virtual machine"
+  cargo xtask qemu-test vfio    coiommu-vfio on a real kernel's VFIO, in a virtual machine
+  cargo xtask dist              the package that users unpack"
 )]
 enum Task {
     Ci(ci::Args),
+    Deny(deny::Args),
     Loom(loom::Args),
     Fuzz(fuzz::Args),
     Tsan(tsan::Args),
@@ -45,6 +52,7 @@ enum Task {
     Miri(miri::Args),
     QemuTest(qemu_test::Args),
     RecordTrace(record_trace::Args),
+    Dist(dist::Args),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -55,6 +63,7 @@ fn main() -> anyhow::Result<ExitCode> {
     std::env::set_current_dir(root).with_context(|| format!("cannot enter {}", root.display()))?;
     match task {
         Task::Ci(args) => ci::run(&args),
+        Task::Deny(args) => deny::run(&args),
         Task::Loom(args) => loom::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Tsan(args) => tsan::run(&args),
@@ -62,5 +71,6 @@ fn main() -> anyhow::Result<ExitCode> {
         Task::Miri(args) => miri::run(&args),
         Task::QemuTest(args) => qemu_test::run(&args),
         Task::RecordTrace(args) => record_trace::run(&args),
+        Task::Dist(args) => dist::run(&args),
     }
 }

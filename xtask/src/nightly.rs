@@ -1,18 +1,14 @@
-//! The one nightly toolchain that tasks use where stable Rust has no way, and the tools that are built for it.
+//! The one nightly toolchain that tasks use where stable Rust has no way.
 
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 
 use crate::step;
 
 /// Pinned, so that what passes today passes tomorrow. Newer is not always better: see that `cargo xtask miri` and
 /// `cargo xtask fuzz --all` still work before you change it.
 const TOOLCHAIN: &str = "nightly-2026-10-01";
-
-/// Where tools are installed that are not part of a toolchain.
-const TOOLS: &str = "target/tools";
 
 /// Sees to it that the toolchain is there, with these components of rustup.
 pub(crate) fn install(components: &[&str]) -> anyhow::Result<()> {
@@ -44,18 +40,4 @@ pub(crate) fn host() -> anyhow::Result<String> {
     let text = String::from_utf8_lossy(&output.stdout);
     let host = text.lines().find_map(|line| line.strip_prefix("host: "));
     host.map(str::to_owned).context("rustc does not tell its host")
-}
-
-/// The program of a crate, at this version, installed if it is not.
-pub(crate) fn tool(name: &str, version: &str) -> anyhow::Result<PathBuf> {
-    let program = Path::new(TOOLS).join("bin").join(name);
-    let line = format!("{} --version", program.display());
-    let is_there = program.exists() && step::output(&line)?.split_whitespace().any(|word| word == version);
-    if !is_there {
-        let line = format!("cargo install {name} --version ={version} --locked --root {TOOLS}");
-        // Its own folder for builds: ours may be shared, and is not to be cleaned for it.
-        step::finish(step::command(&line).env("CARGO_TARGET_DIR", "target/tools/build"), &line)?;
-    }
-    ensure!(program.exists(), "{name} is installed, but not as {}", program.display());
-    Ok(program)
 }
