@@ -154,18 +154,26 @@ fn options() -> anyhow::Result<Vec<String>> {
         format!("-drive if=none,id=nvme,format=raw,file={nvme}"),
         "-device nvme,drive=nvme,serial=coiommu,addr=03.0".to_owned(),
         // Without the several vectors of MSI-X, for there are drivers that use several of MSI.
-        "-device nec-usb-xhci,id=usb,msi=on,msix=off,intrs=4,addr=07.0".to_owned(),
+        port("07"),
+        "-device nec-usb-xhci,id=usb,msi=on,msix=off,intrs=4,bus=port07".to_owned(),
         "-device usb-storage,bus=usb.0,drive=stick".to_owned(),
         "-device virtio-blk-pci,drive=source,addr=10.0".to_owned(),
     ];
     for disk in ["stick", "source"] {
         options.push(format!("-drive if=none,id={disk},format=raw,readonly=on,file={source}"));
     }
-    for (card, address) in [("e1000e", "05.0"), ("e1000", "06.0")] {
+    for (card, slot) in [("e1000e", "05"), ("e1000", "06")] {
         // Runs a program a connection, by path.
         let forward = format!("guestfwd=tcp:10.0.2.100:80-cmd:head -c {DOWNLOAD}M {source}");
         options.push(format!("-netdev user,id={card},restrict=on,{forward}"));
-        options.push(format!("-device {card},netdev={card},romfile=,addr={address}"));
+        options.push(port(slot));
+        options.push(format!("-device {card},netdev={card},romfile=,bus=port{slot}"));
     }
     Ok(options)
+}
+
+/// The option by which there is a port for a device at a slot of bus 0. A device behind it can be reset, whatever it is; at
+/// higher speeds the kernel waits for the link to come back, which not every emulated one does.
+fn port(slot: &str) -> String {
+    format!("-device pcie-root-port,id=port{slot},chassis={slot},addr={slot}.0,hotplug=off,x-speed=2_5")
 }

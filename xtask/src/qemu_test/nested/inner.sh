@@ -41,8 +41,19 @@ use_usb() {
     irqs
 }
 
-# Says the counters of CoIOMMU's driver.
-figures() { counters; }
+# Whether the device at a slot may do DMA, as it says itself.
+mastering() {
+    command=$(dd if=/sys/bus/pci/devices/0000:00:$1.0/config bs=1 skip=4 count=1 2>/dev/null | od -An -tu1)
+    if [ $((command & 4)) = 0 ]; then echo off; else echo on; fi
+}
+
+# Keeps the disk and the network busy until rest.
+load_devices() {
+    nvme_up
+    net_up e1000e
+    busy_file=/dev/nvme0n1
+    load
+}
 
 while
     echo =done

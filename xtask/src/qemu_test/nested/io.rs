@@ -19,19 +19,16 @@ inner use_net e1000e
 inner use_net e1000
 inner use_usb
 inner counters
-figures
-! dmesg | grep 'DMAR: .*fault'
+say_stats
+! has_faults
 echo no fault so far
-all='from 0x0 to 0xffffffffff'
-echo coiommu-test: faults $all >/dev/kmsg
+expect_faults
 coiommu ctl --control /tmp/ctl yank
 inner 'dd if=/dev/nvme0n1 of=/dev/null bs=4k count=1 iflag=direct &'
-faults() { dmesg | grep -q 'DMAR: .*fault addr'; }
-await faults
+await has_faults
 echo a fault on purpose
-kill -9 $qemu
-await test ! -e /proc/$qemu
-echo coiommu-test: no more faults $all >/dev/kmsg
+end KILL $qemu
+no_more_faults
 ";
 
 pub(super) fn run(bed: &Bed<'_>) -> anyhow::Result<()> {

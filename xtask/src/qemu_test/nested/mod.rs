@@ -7,6 +7,10 @@
 //! | `outer.sh` | what the jobs of the outer VM have in common: it starts guests, and tells them what to do |
 //! | `inner.sh` | the job of inner guests: they do what they are told |
 //! | [`io`] | scene: all bytes are right, with every kind of interrupt and no fault |
+//! | [`without_driver`] | scene: guests without the driver, and with others before it |
+//! | [`pins`] | scene: what is pinned over time |
+//! | [`lives`] | scenes: guests reboot, emulators and servers are ended |
+//! | [`cost`] | scene: what a guest's start costs |
 //! | [`plain`] | scene: devices given to a guest as QEMU does it by itself |
 
 use std::process::ExitCode;
@@ -18,9 +22,13 @@ use crate::step;
 use crate::vm::{Choices, Claim, Tree, tools};
 
 mod bed;
+mod cost;
 mod devices;
 mod io;
+mod lives;
+mod pins;
 mod plain;
+mod without_driver;
 
 use bed::Bed;
 
@@ -72,17 +80,38 @@ enum InnerAccel {
 enum Scene {
     /// All bytes are right, with every kind of interrupt and no fault; then one on purpose
     Io,
+    /// Guests without CoIOMMU's driver, under each setting; and one whose disk has its driver before
+    WithoutDriver,
+    /// What is pinned over time, beside what QEMU alone pins; and what the kernel says of it
+    Pins,
+    /// The guest reboots, three times, under load
+    Reboots,
+    /// The emulator is killed under load, and started again for the same server
+    Restart,
+    /// The server is killed under load, and the next waits for the emulator
+    Orphan,
+    /// The server is asked to end under load
+    Stop,
+    /// Time and memory until the guest is up, under each setting and with QEMU alone
+    Cost,
     /// The bed itself: devices given to a guest by QEMU alone, which pins all memory
     Plain,
 }
 
 impl Scene {
     /// What the gate plays.
-    const GATE: [Self; 1] = [Self::Io];
+    const GATE: [Self; 2] = [Self::Io, Self::WithoutDriver];
 
     fn play(self, bed: &Bed<'_>) -> anyhow::Result<()> {
         match self {
             Self::Io => io::run(bed),
+            Self::WithoutDriver => without_driver::run(bed),
+            Self::Pins => pins::run(bed),
+            Self::Reboots => lives::reboots(bed),
+            Self::Restart => lives::restart(bed),
+            Self::Orphan => lives::orphan(bed),
+            Self::Stop => lives::stop(bed),
+            Self::Cost => cost::run(bed),
             Self::Plain => plain::run(bed),
         }
     }

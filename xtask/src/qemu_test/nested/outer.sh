@@ -6,11 +6,24 @@ case $accel in
     kvm*) modprobe kvm_amd 2>/dev/null || modprobe kvm_intel ;;
 esac
 
-# The devices, by their slots on bus 0, here and in guests: the kernel's VFIO has them.
+# The devices, by their slots on bus 0 in guests, and where they are here. All but the first are behind ports, whose reset is
+# one for them: emulated cards that come back from low power are as they were before.
 slots='03 05 06 07'
+host_of() {
+    case $1 in
+        03) echo 0000:00:03.0 ;;
+        05) echo 0000:01:00.0 ;;
+        06) echo 0000:02:00.0 ;;
+        07) echo 0000:03:00.0 ;;
+    esac
+}
+
+# The kernel's VFIO has them.
 for slot in $slots; do
-    echo vfio-pci >/sys/bus/pci/devices/0000:00:$slot.0/driver_override
-    echo 0000:00:$slot.0 >/sys/bus/pci/drivers_probe
+    host=$(host_of $slot)
+    if [ $slot != 03 ]; then echo bus >/sys/bus/pci/devices/$host/reset_method; fi
+    echo vfio-pci >/sys/bus/pci/devices/$host/driver_override
+    echo $host >/sys/bus/pci/drivers_probe
 done
 
 # Of guests, in MiB.
@@ -49,7 +62,7 @@ run() {
 # Options of QEMU: the devices as it passes them through by itself.
 plain() {
     for slot in $slots; do
-        echo "-device vfio-pci,host=0000:00:$slot.0,addr=$slot.0"
+        echo "-device vfio-pci,host=$(host_of $slot),addr=$slot.0"
     done
 }
 
@@ -61,21 +74,71 @@ tracked() {
     done
 }
 
-# Starts a server for the devices, with these options.
-serve() {
+# Starts a server for the devices, with these options: it is not waited for.
+start_server() {
     devices=
     for slot in $slots; do
-        devices="$devices --passthrough host=0000:00:$slot.0,guest=00:$slot.0,socket=/tmp/$slot.sock"
+        devices="$devices --passthrough host=$(host_of $slot),guest=00:$slot.0,socket=/tmp/$slot.sock"
     done
     run server coiommu serve --socket /tmp/08.sock --control /tmp/ctl --vcpus 2 $devices "$@"
     server=$pid
-    await listens
 }
 
-listens() { coiommu ctl --control /tmp/ctl stats 2>&1 | grep -q 'no VMM'; }
+# The same, and it is.
+serve() {
+    start_server "$@"
+    await has_no_guest
+}
 
-# Says the server's figures.
-figures() { echo "server $(coiommu ctl --control /tmp/ctl --json stats | tr -d '\n')"; }
+has_no_guest() { coiommu ctl --control /tmp/ctl stats 2>&1 | grep -q 'no VMM'; }
+
+# The server's figures, as JSON.
+stats() { coiommu ctl --control /tmp/ctl --json stats; }
+
+say_stats() { echo "server $(stats | tr -d '\n')"; }
+
+# Some of them, in the order that they have there, and no other.
+figures() { echo $(stats | sed -n "s/^ *\"\($1\)\": \([0-9]*\),*$/\2/p"); }
+
+# A process's memory in KiB: VmLck, VmPin, VmHWM and VmRSS. Zeros if it has gone.
+memory_of() {
+    set -- $(awk '/^Vm(Lck|Pin|HWM|RSS):/ { print $2 }' /proc/$1/status 2>/dev/null)
+    echo ${1-0} ${2-0} ${3-0} ${4-0}
+}
+
+# Says, every second until samples_end, what is pinned, in how many mappings, and the memory of the server and of QEMU.
+samples_begin() {
+    touch /tmp/sampling
+    while [ -e /tmp/sampling ]; do
+        pinned=$(figures 'pinned_bytes\|mappings' 2>/dev/null)
+        now=$(cut -d' ' -f1 /proc/uptime)
+        echo "sample $now ${pinned:-0 0} $(memory_of $server) $(memory_of $(cat /tmp/qemu.pid))"
+        sleep 1
+    done &
+    sampler=$!
+}
+
+samples_end() {
+    rm /tmp/sampling
+    wait $sampler
+}
+
+# Ends the job unless something is so.
+expect() {
+    what=$1
+    shift
+    if ! [ "$@" ]; then
+        echo "$what: not $*"
+        return 1
+    fi
+    echo "$what: $*"
+}
+
+# Tells who judges the outer kernel's console that a guest's devices may fault, until no_more_faults.
+expect_faults() { echo "coiommu-test: faults $(all_memory)" >/dev/kmsg; }
+no_more_faults() { echo "coiommu-test: no more faults $(all_memory)" >/dev/kmsg; }
+all_memory() { printf 'from 0x0 to %#x' $((memory * 1048576 - 1)); }
+has_faults() { dmesg | grep -q 'DMAR: .*fault addr'; }
 
 # Starts a guest, with these options of QEMU: it is not waited for.
 start() {
@@ -120,6 +183,15 @@ inner() {
     echo "$*" >&5
     hear =done
 }
+
+# Ends QEMU, or a server, with a signal, and waits for that.
+end() {
+    kill -$1 $2
+    gone $2
+}
+
+# Waits until it has ended.
+gone() { await test ! -e /proc/$1; }
 
 # Has the guest power itself off.
 off() {
